@@ -1,0 +1,38 @@
+# The commands a newcomer needs. `make demo` and `make test` share one virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT ?= demo-output
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint install checkpoints clean help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
+
+demo: $(READY)  ## the main job: captioned videos in, a better text-to-video generator out, with pictures
+	$(BIN)/pisces demo --output $(OUTPUT)
+
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy pisces pisces_kernels
+
+checkpoints: $(READY)  ## train the small world's checkpoints again, from nothing (about an hour)
+	$(BIN)/pisces world train-checkpoints --output checkpoints-new
+
+install: $(READY)  ## the virtual environment with compiled kernels
+
+KERNEL_SOURCES := $(shell find csrc -type f)
+$(READY): pyproject.toml constraints.txt setup.py CMakeLists.txt $(KERNEL_SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24,<27"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[test,dev]"
+	touch $(READY)
+
+clean:  ## remove what was built; the virtual environment and the demo's output stay
+	rm -rf build dist *.egg-info
+	find . -name '*.so' -not -path './$(VENV)/*' -delete

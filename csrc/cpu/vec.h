@@ -1,0 +1,111 @@
+// Vectors of float or double at the width of one instruction set, with exp and log. GCC and Clang vector extensions only.
+//
+// This header is compiled once per instruction set. Everything here is in an unnamed namespace and nothing from the
+// standard library is instantiated, so that the linker can never mix code of two instruction sets.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#ifndef PK_VECTOR_BYTES
+#define PK_VECTOR_BYTES 16
+#endif
+
+namespace {
+
+template <class T> struct Traits;
+
+template <> struct Traits<float> {
+  typedef float V __attribute__((vector_size(PK_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(PK_VECTOR_BYTES)));
+  typedef float U __attribute__((vector_size(PK_VECTOR_BYTES), aligned(4), may_alias));
+  static constexpr float EXP_LOW = -87.0f, EXP_HIGH = 88.0f;
+  static constexpr float MAGIC = 12582912.0f;                              // 1.5 * 2^23: rounds to an integer when added
+  static constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;  // ln 2 in two parts, the first exact
+  static constexpr int MANTISSA = 23, BIAS = 127, EXP_TERMS = 7, LOG_TERMS = 5;
+  static constexpr int32_t MAGIC_BITS = 0x4b400000, HALF_ROOT_BITS = 0x3f3504f3;  // bits of MAGIC and of sqrt(1/2)
+  // Logs of scalings beyond SPREAD are absorbed into the potentials. A product of kernel and two scalings is then right to
+  // rounding even where the kernel underflows: 1e-38 * exp(2 * 24) is nothing beside sums of at least SUM_LOW.
+  static constexpr float SPREAD = 24.0f, SUM_LOW = 1e-10f, SUM_HIGH = 1e10f;
+};
+
+template <> struct Traits<double> {
+  typedef double V __attribute__((vector_size(PK_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(PK_VECTOR_BYTES)));
+  typedef double U __attribute__((vector_size(PK_VECTOR_BYTES), aligned(8), may_alias));
+  static constexpr double EXP_LOW = -708.0, EXP_HIGH = 709.0;
+  static constexpr double MAGIC = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double LN2_HIGH = 6.93147180369123816490e-01, LN2_LOW = 1.90821492927058770002e-10;
+  static constexpr int MANTISSA = 52, BIAS = 1023, EXP_TERMS = 13, LOG_TERMS = 11;
+  static constexpr int64_t MAGIC_BITS = 0x4338000000000000, HALF_ROOT_BITS = 0x3fe6a09e667f3bcd;
+  static constexpr double SPREAD = 150.0, SUM_LOW = 1e-100, SUM_HIGH = 1e100;
+};
+
+template <class T> using Vec = typename Traits<T>::V;
+template <class T> using Int = typename Traits<T>::I;
+template <class T> constexpr int LANES = PK_VECTOR_BYTES / sizeof(T);
+constexpr int PANEL_VECTORS = 4;
+template <class T> constexpr int PANEL = PANEL_VECTORS * LANES<T>;  // columns that one pass over the rows works on
+
+template <class T> inline Vec<T> splat(T x) { return x - Vec<T>{}; }
+template <class T> inline Vec<T> load(const T* p) { return *reinterpret_cast<const Vec<T>*>(p); }
+template <class T> inline void store(T* p, Vec<T> v) { *reinterpret_cast<Vec<T>*>(p) = v; }
+template <class T> inline Vec<T> load_any(const T* p) { return *reinterpret_cast<const typename Traits<T>::U*>(p); }
+template <class T> inline void store_any(T* p, Vec<T> v) { *reinterpret_cast<typename Traits<T>::U*>(p) = v; }
+
+template <class T> inline Vec<T> select(Int<T> mask, Vec<T> yes, Vec<T> no) {
+  return (Vec<T>)((mask & (Int<T>)yes) | (~mask & (Int<T>)no));
+}
+template <class T> inline Vec<T> vmax(Vec<T> x, Vec<T> y) { return select<T>((Int<T>)(x > y), x, y); }
+template <class T> inline Vec<T> vmin(Vec<T> x, Vec<T> y) { return select<T>((Int<T>)(x < y), x, y); }
+template <class T> inline Vec<T> vabs(Vec<T> x) { return vmax<T>(x, -x); }
+
+template <class T> inline T sum_lanes(Vec<T> v) {
+  T total = v[0];
+  for (int k = 1; k < LANES<T>; ++k) total += v[k];
+  return total;
+}
+template <class T> inline T max_lanes(Vec<T> v) {
+  T top = v[0];
+  for (int k = 1; k < LANES<T>; ++k) top = v[k] > top ? v[k] : top;
+  return top;
+}
+template <class T> inline T min_lanes(Vec<T> v) {
+  T low = v[0];
+  for (int k = 1; k < LANES<T>; ++k) low = v[k] < low ? v[k] : low;
+  return low;
+}
+
+// exp: x = n ln 2 + r with |r| <= ln 2 / 2, Taylor series of exp(r) (remainder below half a unit), times 2^n.
+// 0 below EXP_LOW (-inf included).
+template <class T> inline Vec<T> vexp(Vec<T> x) {
+  using R = Traits<T>;
+  const Int<T> tiny = (Int<T>)(x < splat<T>(R::EXP_LOW));
+  x = vmin<T>(vmax<T>(x, splat<T>(R::EXP_LOW)), splat<T>(R::EXP_HIGH));
+  const Vec<T> shifted = x * splat<T>(T(1.4426950408889634)) + splat<T>(R::MAGIC);
+  const Vec<T> n = shifted - splat<T>(R::MAGIC);
+  const Vec<T> r = (x - n * splat<T>(R::LN2_HIGH)) - n * splat<T>(R::LN2_LOW);
+  Vec<T> p = splat<T>(T(1));
+  // Horner: exp(r) = 1 + r (1 + r/2 (1 + r/3 (...)))
+#pragma GCC unroll 16
+  for (int k = R::EXP_TERMS; k >= 1; --k) p = splat<T>(T(1)) + p * r * splat<T>(T(1) / T(k));
+  const Vec<T> scale = (Vec<T>)(((Int<T>)shifted + R::BIAS) << R::MANTISSA);
+  return (Vec<T>)((Int<T>)(p * scale) & ~tiny);
+}
+
+// log of positive normal numbers: x = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)).
+template <class T> inline Vec<T> vlog(Vec<T> x) {
+  using R = Traits<T>;
+  const Int<T> bits = (Int<T>)x;
+  const Int<T> e = (bits - R::HALF_ROOT_BITS) >> R::MANTISSA;
+  const Vec<T> m = (Vec<T>)(bits - (e << R::MANTISSA));
+  const Vec<T> exponent = (Vec<T>)(e + R::MAGIC_BITS) - splat<T>(R::MAGIC);
+  const Vec<T> z = (m - splat<T>(T(1))) / (m + splat<T>(T(1)));
+  const Vec<T> z2 = z * z;
+  Vec<T> p = splat<T>(T(1) / T(2 * R::LOG_TERMS + 1));
+#pragma GCC unroll 16
+  for (int k = R::LOG_TERMS - 1; k >= 0; --k) p = p * z2 + splat<T>(T(1) / T(2 * k + 1));
+  return (z + z) * p + exponent * splat<T>(R::LN2_LOW) + exponent * splat<T>(R::LN2_HIGH);
+}
+
+}  // namespace

@@ -1,0 +1,118 @@
+"""What the algorithms share: a batch, the frozen base model, and the reward part of the loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pisces.pipelines.base import PipelineAdapter
+
+Logs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one micro-step trains on.
+
+    Attributes:
+        prompts: B texts.
+        frames: [B, T, C, H, W] in [0, 1] of real videos, where the algorithm needs them.
+        latents: [B, C, t, h, w] normalised latents of the same videos, if already encoded.
+    """
+
+    prompts: list[str]
+    frames: Tensor | None = None
+    latents: Tensor | None = None
+
+
+class Algorithm(Protocol):
+    """A training objective; the trainer knows nothing else of it."""
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Logs]:
+        """The scalar loss of one micro-batch and the scalars to log; all noise comes from ``generator``."""
+        ...
+
+
+class RewardModule(Protocol):
+    """What the algorithms use of ``pisces.rewards.CompositeReward``."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The weight of each term."""
+        ...
+
+    def terms(self, frames: Tensor, prompts: list[str]) -> Mapping[str, Tensor]:
+        """Each reward [B], differentiable in ``frames`` [B, T, C, H, W]."""
+        ...
+
+
+class FrozenBase:
+    """The model as it was before training: the transformer with its LoRA adapter switched off, or a frozen copy.
+
+    Args:
+        adapter: the pipeline, its LoRA adapter already added if there is to be one, not yet trained.
+    """
+
+    def __init__(self, adapter: PipelineAdapter) -> None:
+        self.adapter = adapter
+        self.copy: Any = None
+        if not getattr(adapter.transformer, "peft_config", None):
+            self.copy = copy.deepcopy(adapter.transformer).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """The base's velocity [B, C, t, h, w]; arguments as in ``PipelineAdapter.velocity``."""
+        if self.copy is not None:
+            return self.adapter.velocity(latents, sigma, prompt_embeds, transformer=self.copy)
+        transformer: Any = self.adapter.transformer
+        transformer.disable_adapters()
+        try:
+            return self.adapter.velocity(latents, sigma, prompt_embeds)
+        finally:
+            transformer.enable_adapters()
+
+
+def reward_loss(rewards: RewardModule, frames: Tensor, prompts: list[str]) -> tuple[Tensor, Logs]:
+    """Minus the weighted sum of the mean rewards: ``-sum_k w_k mean(R_k)``.
+
+    Args:
+        rewards: the terms and their weights.
+        frames: [B, T, C, H, W] in [0, 1], with gradient.
+        prompts: B texts.
+
+    Returns:
+        The scalar, and the logs ``reward`` (the weighted sum) and ``reward/NAME``.
+    """
+    terms = rewards.terms(frames, prompts)
+    total = torch.stack([rewards.weights[name] * values.mean() for name, values in terms.items()]).sum()
+    logs = {f"reward/{name}": values.detach().mean() for name, values in terms.items()}
+    return -total, {"reward": total.detach(), **logs}
+
+
+def real_latents(adapter: PipelineAdapter, batch: Batch, *, who: str) -> Tensor:
+    """The batch's normalised latents [B, C, t, h, w], encoded now if need be.
+
+    Raises:
+        ValueError: if the batch has no videos.
+    """
+    if batch.latents is not None:
+        return batch.latents.to(adapter.device)
+    if batch.frames is None:
+        raise ValueError(f"{who}: the batch has prompts only, expected real videos. Set data.videos.")
+    return adapter.encode_frames(batch.frames.to(adapter.device))
+
+
+def draw(shape: tuple[int, ...], generator: torch.Generator, device: torch.device, *, uniform: bool = False) -> Tensor:
+    """Standard normal (or uniform) numbers drawn on the generator's device, so a seed means the same everywhere."""
+    make = torch.rand if uniform else torch.randn
+    return make(shape, generator=generator, device=generator.device).to(device)
+
+
+def expand(sigma: Tensor) -> Tensor:
+    """``sigma`` [B] as [B, 1, 1, 1, 1]."""
+    return sigma[:, None, None, None, None]

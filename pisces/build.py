@@ -1,0 +1,131 @@
+"""From settings to the parts of a training run."""
+
+from __future__ import annotations
+
+import torch
+
+from pisces.algorithms import (
+    Algorithm,
+    Consistency,
+    Draft,
+    FlowMatching,
+    FrozenBase,
+    OneStep,
+    RewardModule,
+)
+from pisces.batches import PromptBatches, VideoBatches
+from pisces.config import ConsistencyConfig, DraftConfig, FlowMatchingConfig, TrainConfig, resolve_path
+from pisces.data import VideoFolder, read_prompts
+from pisces.encoders import load_encoder
+from pisces.ot_map import Alignment
+from pisces.pipelines.base import PipelineAdapter
+from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, standardize
+from pisces.state import step_generator
+
+# Apart from the noise of the steps, whose generators are seeded by (seed, step, part).
+REFERENCE_TAG = 0x5CA1E
+
+
+def build_batches(config: TrainConfig, adapter: PipelineAdapter) -> PromptBatches | VideoBatches:
+    """The data of ``config.data``: captioned videos if a folder is named, else prompts.
+
+    For an algorithm that looks at no videos the folder's captions are the prompts.
+    """
+    size, seed = config.data.batch_size, config.seed
+    if config.data.videos is None:
+        return PromptBatches(read_prompts(resolve_path(str(config.data.prompts))), batch_size=size, seed=seed)
+    n_frames, height, width = adapter.video_size(**video_size(config))
+    videos = VideoFolder(resolve_path(config.data.videos), n_frames=n_frames, size=height if height == width else None)
+    if not config.algorithm.needs_videos:
+        return PromptBatches(videos.captions, batch_size=size, seed=seed)
+    return VideoBatches(videos, adapter, batch_size=size, seed=seed)
+
+
+def build_rewards(
+    config: TrainConfig, adapter: PipelineAdapter, batches: PromptBatches | VideoBatches
+) -> CompositeReward | None:
+    """The rewards of ``config.rewards``; None for an algorithm without.
+
+    With ``standardize`` the scale is taken over samples of the model as it is now, for prompts of the data: the
+    reward then counts in standard deviations of what the base makes.
+    """
+    settings = config.rewards
+    if not config.algorithm.needs_rewards:
+        return None
+    encoder = load_encoder(resolve_path(settings.encoder)).to(adapter.device)
+    alignment = None if settings.ot_map is None else Alignment.load(resolve_path(settings.ot_map)).to(adapter.device)
+    parts: dict[str, Reward] = {}
+    if settings.quality:
+        parts["quality"] = QualityReward(encoder, alignment)
+    if settings.semantic:
+        parts["semantic"] = SemanticReward(encoder, transport=settings.transport)
+    if settings.standardize:
+        frames, prompts = reference_batch(config, adapter, batches)
+        parts = {name: standardize(part, frames, prompts) for name, part in parts.items()}
+    return CompositeReward(parts, {name: getattr(settings, name) for name in parts})
+
+
+def reference_batch(
+    config: TrainConfig, adapter: PipelineAdapter, batches: PromptBatches | VideoBatches
+) -> tuple[torch.Tensor, list[str]]:
+    """Videos of the model as it is now, for the first prompts of the data order: ``(frames, prompts)``."""
+    wanted = config.rewards.reference_batch
+    prompts: list[str] = []
+    index = 0
+    while len(prompts) < wanted:
+        prompts += [batches.texts[item] for item in batches.indices[index]]
+        index += 1
+    prompts = prompts[:wanted]
+    # The sampler that is trained; an algorithm without a sampler takes the one that the directory recommends.
+    settings = config.algorithm
+    steps = settings.steps if isinstance(settings, DraftConfig) else adapter.defaults.get("steps", 50)
+    n_frames, height, width = adapter.video_size(**video_size(config))
+    generator = step_generator(config.seed, REFERENCE_TAG, 0, 0)
+    frames = []
+    for start in range(0, wanted, 8):
+        part = prompts[start : start + 8]
+        latents = adapter.sample(part, steps=steps, generator=generator, n_frames=n_frames, height=height, width=width)
+        with torch.no_grad():
+            frames.append(adapter.decode(latents))
+    return torch.cat(frames), prompts
+
+
+def build_algorithm(config: TrainConfig, adapter: PipelineAdapter, rewards: RewardModule | None) -> Algorithm:
+    """The algorithm of ``config.algorithm``; the adapter is already given to ``prepare``."""
+    settings = config.algorithm
+    if isinstance(settings, FlowMatchingConfig):
+        return FlowMatching(adapter, shift=settings.shift, caption_dropout=settings.caption_dropout)
+    base = FrozenBase(adapter)
+    if isinstance(settings, ConsistencyConfig):
+        return Consistency(adapter, base, steps=settings.steps, phases=settings.phases, huber_c=settings.huber_c)
+    if rewards is None:
+        raise ValueError(f"build_algorithm: {settings.name} needs rewards, got None. Use build_rewards.")
+    if isinstance(settings, DraftConfig):
+        return Draft(
+            adapter,
+            rewards,
+            base,
+            steps=settings.steps,
+            last_k=settings.last_k,
+            anchor_weight=settings.anchor_weight,
+            checkpointing=settings.checkpointing,
+            **video_size(config),
+        )
+    return OneStep(
+        adapter,
+        rewards,
+        base,
+        steps=settings.steps,
+        anchor_weight=settings.anchor_weight,
+        phases=settings.phases,
+        huber_c=settings.huber_c,
+    )
+
+
+def video_size(config: TrainConfig) -> dict[str, int | None]:
+    """The keyword arguments n_frames, height and width of the adapter's methods."""
+    return {
+        "n_frames": config.pipeline.n_frames,
+        "height": config.pipeline.height,
+        "width": config.pipeline.width,
+    }

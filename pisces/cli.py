@@ -1,0 +1,350 @@
+"""The command line: `pisces --help`.
+
+Every command imports what it needs when it runs, so that help is quick. Errors of ours (a missing file, a wrong value,
+an unreadable video) are one line on stderr and exit code 2; `pisces --debug COMMAND` shows where they came from.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+app = typer.Typer(
+    name="pisces",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with:  pisces doctor, then  pisces demo.   Each command's --help has examples.",
+)
+world_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(world_app, name="world", help="The small world: captioned videos without end, and the checkpoints.")
+
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DISABLE_TELEMETRY": "1",
+}
+_debug = False
+
+
+def _reported(command: F) -> F:
+    """Turn an error that the user can mend into one line and exit code 2."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            if _debug or not _is_ours(error):
+                raise
+            typer.echo(f"pisces: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the message is meant for the user: a bad value or file, a run that cannot go on."""
+    own = {cls.__name__ for cls in type(error).__mro__} & {"TrainingError", "CheckpointError", "SafetensorError"}
+    return isinstance(error, ValueError | OSError) or bool(own)
+
+
+@app.callback()
+def _pisces(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Post-train text-to-video generators with rewards that are aligned by optimal transport.
+
+    No command uses the network. Results go to the output folder that you name and nowhere else.
+    """
+    global _debug
+    _debug = debug
+    for name, value in _OFFLINE.items():
+        os.environ.setdefault(name, value)
+
+
+@app.command()
+@_reported
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for videos, pictures, logs and the page.")] = Path("demo-output"),
+    full: Annotated[bool, typer.Option("--full", help="Every arm and three seeds instead of the short form.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="The smallest form, for a check of the installation.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds. Default: 1, with --full 3.")] = None,
+) -> None:
+    """Watch a weak generator of moving shapes get better by OT-aligned rewards, judged by something else.
+
+    Makes captioned videos, fits the OT map, post-trains the packaged weak generator in several arms, has an
+    independent judge compare them on held-out captions, and writes index.html with table, curves and pictures.
+    A run that was stopped goes on where it was.
+
+    Examples:
+
+      pisces demo
+
+      pisces demo --output /tmp/demo --full
+    """
+    from pisces.world.demo import run_demo
+
+    page = run_demo(output, full=full, smoke=smoke, seeds=seeds)
+    typer.echo(f"Open {page}")
+
+
+@app.command()
+@_reported
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of settings; examples/ has some.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting; repeat as needed.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint, or start anew.")
+    ] = True,
+) -> None:
+    """Post-train a diffusers pipeline as a YAML file says.
+
+    The output folder receives config.yaml, log.jsonl, checkpoints/ and at the end final/: a LoRA for
+    load_lora_weights or a whole pipeline directory. Ctrl-C or SIGTERM saves a checkpoint; the same command goes on
+    from it, bit for bit. --no-resume deletes what an earlier run left in the output folder.
+
+    Examples:
+
+      pisces train examples/draft.yaml
+
+      pisces train examples/draft.yaml --set steps=20 --set optimizer.lr=1e-4 --set output.dir=runs/short
+    """
+    from pisces.config import load_config
+    from pisces.trainer import run_training
+
+    result = run_training(load_config(config, settings or []), resume="auto" if resume else "never")
+    typer.echo(f"wrote {result}")
+
+
+@app.command("fit-ot-map")
+@_reported
+def fit_ot_map(
+    videos: Annotated[Path, typer.Option(help="Folder of real videos with captions.")],
+    output: Annotated[Path, typer.Option(help="The alignment to write, NAME.safetensors.")],
+    encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
+    kind: Annotated[
+        str, typer.Option(help="none, mean_shift, center, ot (the paper's map) or center_ot (centred first).")
+    ] = "center_ot",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the fit; the paper uses 160000.")] = 1000,
+    hidden: Annotated[
+        int | None, typer.Option(min=1, help="Width of the networks. Default: twice the embedding's, 128 at least.")
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate; the paper uses 1e-4.")] = 3e-4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Embeddings a batch.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the split and the fit.")] = 0,
+    held_out: Annotated[float, typer.Option(help="Share of the videos to measure on.")] = 0.2,
+) -> None:
+    """Fit the map that carries text embeddings onto the distribution of real-video embeddings.
+
+    The folder holds metadata.jsonl with one {"file_name": ..., "text": ...} a line, or name.txt beside each name.mp4.
+    Unreadable videos are named and left out. The printed metrics are those of the held-out share; a warning says when
+    the map makes the reward worse than no map.
+
+    Examples:
+
+      pisces world write /tmp/shapes --n 512
+
+      pisces fit-ot-map --videos /tmp/shapes --output /tmp/map.safetensors
+    """
+    from pisces.commands.fit_ot_map import fit_ot_map as run
+    from pisces.ot_map.alignment import check_kind
+
+    run(
+        videos,
+        output,
+        encoder=encoder,
+        kind=check_kind(kind, "fit-ot-map"),
+        steps=steps,
+        hidden=hidden,
+        lr=lr,
+        batch_size=batch_size,
+        seed=seed,
+        held_out=held_out,
+    )
+
+
+@app.command()
+@_reported
+def score(
+    video: Annotated[list[Path] | None, typer.Option(help="A video file; repeat for more.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder of videos; its captions are the prompts.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text; with --folder it replaces the captions.")] = None,
+    encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
+    ot_map: Annotated[Path | None, typer.Option(help="Alignment that fit-ot-map wrote.")] = None,
+    vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores as JSON.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the scores as CSV.")] = None,
+) -> None:
+    """Score videos for a text with both rewards.
+
+    quality is the cosine of the text and video embeddings (after the OT map, if one is given), semantic the
+    log-probability that the text matches, with partial transport in the cross-attention.
+
+    A video that cannot be read (missing, cut off, not a video) is named, counted and skipped; the exit code is then 1.
+    It is 0 when every video was scored and 2 for a mistake in the command.
+
+    Examples:
+
+      pisces score --video clip.mp4 --prompt "a red square moves left"
+
+      pisces score --folder /tmp/shapes --ot-map /tmp/map.safetensors --csv scores.csv
+    """
+    from pisces.commands.score import folder_items
+    from pisces.commands.score import score as run
+
+    if bool(video) == (folder is not None):
+        raise ValueError("score: give either --video (once or more) or --folder.")
+    if prompt is not None and not prompt.strip():
+        raise ValueError("score: --prompt is empty, expected at least one word.")
+    if video and prompt is None:
+        raise ValueError("score: --video needs --prompt TEXT, the text to score it for.")
+    items = folder_items(folder, prompt) if folder is not None else [(path, prompt or "") for path in video or []]
+    scores = run(items, encoder=encoder, ot_map=ot_map, vanilla=vanilla, json_file=json_file, csv_file=csv_file)
+    if scores.unreadable:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_reported
+def sample(
+    output: Annotated[Path, typer.Option(help="Folder for the videos.")],
+    pipeline: Annotated[str, typer.Option(help="diffusers directory, or packaged:NAME.")] = "packaged:wan-good",
+    prompt: Annotated[list[str] | None, typer.Option(help="A text; repeat for more.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of texts: .txt, .jsonl or .csv.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA directory, such as a run's final/.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Video i starts from noise of seed + i.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps. Default: the pipeline's.")] = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 1.0,
+    n_frames: Annotated[int | None, typer.Option(min=1, help="Frames. Default: the pipeline's.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the pipeline's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the pipeline's.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Pictures a second. Default: the pipeline's, or 8.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos at a time.")] = 8,
+) -> None:
+    """Make videos with a generator.
+
+    Writes 0000.mp4, 0001.mp4, ... for any player, contact-sheet.png, prompts.jsonl (text, file, seed and settings of
+    each), and metadata.jsonl, which makes the folder one that score and fit-ot-map read.
+
+    Examples:
+
+      pisces sample --output /tmp/videos --prompt "a red square moves left" --guidance 2.5
+
+      pisces sample --pipeline packaged:wan-base --lora runs/pisces/final --prompts prompts.txt --output /tmp/after
+    """
+    from pisces.commands.sample import sample as run
+    from pisces.data import read_prompts
+
+    if bool(prompt) == (prompts is not None):
+        raise ValueError("sample: give either --prompt (once or more) or --prompts FILE.")
+    texts = read_prompts(prompts) if prompts is not None else [text.strip() for text in prompt or []]
+    if not all(texts):
+        raise ValueError("sample: --prompt is empty, expected at least one word.")
+    files = run(
+        texts,
+        output,
+        pipeline=pipeline,
+        lora=lora,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        n_frames=n_frames,
+        height=height,
+        width=width,
+        fps=fps,
+        batch_size=batch_size,
+    )
+    typer.echo(f"wrote {len(files)} videos to {output}, see {output / 'contact-sheet.png'}")
+
+
+@app.command()
+@_reported
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead.")] = False,
+) -> None:
+    """Say what this installation has and lacks: versions, kernels, checkpoints, codecs, threads, disk.
+
+    The exit code is 1 if something is missing that the commands need.
+
+    Examples:
+
+      pisces doctor
+    """
+    from pisces.doctor import doctor as run
+
+    if not run(as_json=as_json):
+        raise typer.Exit(1)
+
+
+@world_app.command("write")
+@_reported
+def world_write(
+    folder: Annotated[Path, typer.Argument(help="Folder for the videos and metadata.jsonl.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of videos.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same videos.")] = 0,
+    two_objects: Annotated[float, typer.Option(min=0, max=1, help="Share of videos with two shapes.")] = 0.0,
+    split: Annotated[str | None, typer.Option(help="train or held_out combinations. Default: all.")] = None,
+) -> None:
+    """Write captioned videos of moving shapes: 9 frames of 32x32 pixels.
+
+    Examples:
+
+      pisces world write /tmp/shapes --n 512 --seed 1 --split train
+    """
+    from pisces.world.dataset import write_dataset
+
+    if split not in (None, "train", "held_out"):
+        raise ValueError(f"world write: --split is {split!r}, expected train or held_out.")
+    path = write_dataset(folder, n, seed=seed, two_objects=two_objects, split=split)  # type: ignore[arg-type]
+    typer.echo(f"wrote {n} videos to {path}")
+
+
+@world_app.command("train-checkpoints")
+@_reported
+def world_train_checkpoints(
+    output: Annotated[Path | None, typer.Option(help="Folder. Default: inside the package.")] = None,
+    only: Annotated[str | None, typer.Option(help="Stages by comma: vae,encoder,wan-good,wan-base.")] = None,
+) -> None:
+    """Train the packaged checkpoints from nothing: about an hour on two cores, resumable, seeded.
+
+    Stages that are done are skipped; those named by --only are made again.
+
+    Examples:
+
+      pisces world train-checkpoints --output /tmp/checkpoints
+
+      pisces world train-checkpoints --output /tmp/checkpoints --only encoder
+    """
+    from pisces.world import CHECKPOINTS
+    from pisces.world.checkpoints import train_checkpoints
+
+    stages = [stage.strip() for stage in only.split(",") if stage.strip()] if only is not None else None
+    train_checkpoints(output or CHECKPOINTS, only=stages)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    for name, value in _OFFLINE.items():
+        os.environ.setdefault(name, value)
+    warnings.formatwarning = lambda message, category, *_: f"pisces: {category.__name__}: {message}\n"
+    app()
+
+
+if __name__ == "__main__":
+    main()

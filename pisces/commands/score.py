@@ -1,0 +1,186 @@
+"""`pisces score`: rewards of video files for prompts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from pisces.config import resolve_path
+from pisces.data import VIDEO_SUFFIXES, VideoFolder, VideoReadError, atomic_path, read_video
+from pisces.encoders import load_encoder
+from pisces.ot_map import Alignment
+from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport
+
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of those videos that could be read, and the reasons for the others.
+
+    Attributes:
+        rows: dicts with file, prompt, quality (a cosine), semantic (log of the match probability) and match (the
+            probability).
+        unreadable: dicts with file and why.
+    """
+
+    rows: list[dict[str, Any]]
+    unreadable: list[dict[str, str]]
+
+
+def score(
+    items: Sequence[tuple[Path, str]],
+    *,
+    encoder: str,
+    ot_map: Path | None,
+    vanilla: bool,
+    json_file: Path | None,
+    csv_file: Path | None,
+) -> Scores:
+    """Score videos, print the table, write the files.
+
+    Args:
+        items: (video file, prompt) pairs.
+        encoder: directory of an encoder, or "packaged".
+        ot_map: alignment file; None compares the embeddings as they are.
+        vanilla: leave the cross-attention as it is, without partial transport.
+        json_file: receives settings, scores and unreadable files.
+        csv_file: receives one line a video, unreadable ones with their reason.
+
+    Returns:
+        The scores.
+
+    Raises:
+        FileNotFoundError: no such encoder or alignment.
+        ValueError: the alignment is for another encoder, or a prompt is empty.
+    """
+    model = load_encoder(resolve_path(encoder))
+    transport = None if vanilla else Transport()
+    rewards = CompositeReward(
+        {
+            "quality": QualityReward(model, Alignment.load(ot_map) if ot_map else None),
+            "semantic": SemanticReward(model, transport=transport),
+        },
+        {"quality": 1.0, "semantic": 1.0},
+    )
+    scores = _score(rewards, items, model.n_frames, model.size)
+    _print(scores, note=_unknown_words(model, [prompt for _, prompt in items]), packaged=encoder == "packaged")
+    settings = {"encoder": encoder, "ot_map": str(ot_map) if ot_map else None, "partial_transport": not vanilla}
+    if json_file:
+        with atomic_path(json_file) as temporary:
+            content = {**settings, "scores": scores.rows, "unreadable": scores.unreadable}
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if csv_file:
+        with atomic_path(csv_file) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["file", "prompt", "quality", "semantic", "match", "why"])
+            writer.writeheader()
+            writer.writerows(scores.rows)
+            writer.writerows(scores.unreadable)
+    return scores
+
+
+def folder_items(folder: Path, prompt: str | None) -> list[tuple[Path, str]]:
+    """Videos of a folder with their captions, or all with one prompt.
+
+    Raises:
+        FileNotFoundError: no such folder, or a caption is missing.
+        ValueError: no video, or a bad caption file.
+    """
+    if prompt is None:
+        videos = VideoFolder(folder)
+        return list(zip(videos.files, videos.captions, strict=True))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"score: no folder {str(folder)!r}.")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+    if not files:
+        raise ValueError(f"score: {str(folder)!r} holds no video ({', '.join(VIDEO_SUFFIXES)}).")
+    return [(file, prompt) for file in files]
+
+
+@torch.no_grad()
+def _score(rewards: CompositeReward, items: Sequence[tuple[Path, str]], n_frames: int, size: int) -> Scores:
+    scores = Scores([], [])
+    batch: list[tuple[Path, str, torch.Tensor]] = []
+
+    def flush() -> None:
+        if batch:
+            terms = rewards.terms(torch.stack([frames for _, _, frames in batch]), [prompt for _, prompt, _ in batch])
+            for i, (path, prompt, _) in enumerate(batch):
+                quality, semantic = terms["quality"][i].item(), terms["semantic"][i].item()
+                match = terms["semantic"][i].exp().item()
+                row = {"file": str(path), "prompt": prompt, "quality": quality, "semantic": semantic, "match": match}
+                scores.rows.append(row)
+            batch.clear()
+
+    # disable=None: no bar where stderr is no terminal
+    for path, prompt in tqdm(items, desc="scoring", unit="video", disable=None if len(items) > BATCH_SIZE else True):
+        try:
+            batch.append((path, prompt, read_video(path, n_frames=n_frames, size=size)))
+        except VideoReadError as error:
+            scores.unreadable.append({"file": str(path), "why": error.why})
+        if len(batch) == BATCH_SIZE:
+            flush()
+    flush()
+    return scores
+
+
+def _unknown_words(model: Any, prompts: Sequence[str]) -> str:
+    """A remark on words that a word-level encoder has never seen, empty where there are none."""
+    known = getattr(model, "word_index", None)
+    if known is None:
+        return ""
+    from pisces.encoders.tiny import PAD, SEP, UNK
+
+    ids = model.token_ids(sorted(set(prompts)))
+    words = int(((ids != known[PAD]) & (ids != known[SEP])).sum())
+    unknown = int((ids == known[UNK]).sum())
+    return f"{unknown} of {words} words are unknown to this encoder and look alike to it." if unknown else ""
+
+
+def _print(scores: Scores, *, note: str, packaged: bool) -> None:
+    console = Console()
+    if scores.rows:
+        table = Table()
+        table.add_column("video", overflow="fold")
+        table.add_column("prompt", overflow="fold")
+        table.add_column("quality", justify="right", no_wrap=True)
+        table.add_column("semantic", justify="right", no_wrap=True)
+        table.add_column("match", justify="right", no_wrap=True)
+        for row in scores.rows:
+            numbers = (f"{row['quality']:+.3f}", f"{row['semantic']:+.3f}", f"{row['match']:.3f}")
+            table.add_row(Path(row["file"]).name, row["prompt"], *numbers)
+        if len(scores.rows) > 1:
+            means = [
+                sum(row[key] for row in scores.rows) / len(scores.rows) for key in ("quality", "semantic", "match")
+            ]
+            table.add_section()
+            table.add_row("mean", "", f"{means[0]:+.3f}", f"{means[1]:+.3f}", f"{means[2]:.3f}")
+        console.print(table)
+        console.print(
+            "quality: cosine of text and video embedding; semantic: log-probability that the text matches; "
+            "match: that probability.",
+            style="dim",
+        )
+        if packaged:
+            console.print(
+                "Encoder: the packaged small one. It knows 32-pixel videos of moving shapes and nothing else; "
+                "give --encoder for other videos.",
+                style="dim",
+            )
+        if note:
+            console.print(note, style="yellow")
+    errors = Console(stderr=True, soft_wrap=True)
+    for entry in scores.unreadable:
+        errors.print(f"pisces: skipped {entry['file']}: {entry['why']}", style="red", markup=False, highlight=False)
+    if scores.unreadable:
+        total = len(scores.rows) + len(scores.unreadable)
+        errors.print(f"pisces: {len(scores.unreadable)} of {total} videos could not be read", style="red")

@@ -1,0 +1,426 @@
+"""Settings of a training run: dataclasses, read from YAML with errors that say which key and what to write.
+
+Every default stands beside its source: "PISCES" is arXiv 2602.01624 with its authors' HunyuanVideo scripts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from pisces.rewards.semantic import Transport
+
+PACKAGED = "packaged:"
+
+
+def _need(ok: bool, key: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{key}: got {value!r}, expected {wanted}.")
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The generator to train.
+
+    Attributes:
+        path: a local diffusers directory, or ``packaged:NAME`` for one that comes with the package.
+        dtype: float32, or bfloat16.
+        n_frames: frames of a video; None takes the directory's ``pisces.json``, as below.
+        height: in pixels.
+        width: in pixels.
+    """
+
+    path: str = "packaged:wan-base"
+    dtype: str = "float32"  # PISCES trains in bfloat16 on GPUs; float32 is what a CPU is quick in
+    n_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        _need(self.dtype in ("float32", "bfloat16"), "pipeline.dtype", self.dtype, "float32 or bfloat16")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on.
+
+    Attributes:
+        prompts: a .txt, .jsonl or .csv file of prompts; enough for the algorithm ``draft``.
+        videos: a folder of captioned videos; needed by ``one_step``, ``consistency`` and ``flow_matching``.
+        batch_size: samples of one forward pass.
+    """
+
+    prompts: str | None = None
+    videos: str | None = None
+    batch_size: int = 1  # PISCES: 1 a GPU
+
+    def __post_init__(self) -> None:
+        _need(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
+        _need(not (self.prompts and self.videos), "data", "prompts and videos", "one of the two")
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """What is rewarded.
+
+    Attributes:
+        encoder: directory of the video-text encoder, or ``packaged`` for the small one of the package.
+        ot_map: a file that ``pisces fit-ot-map`` wrote; None compares the embeddings as they are.
+        quality: weight of the quality reward; 0 leaves it out.
+        semantic: weight of the semantic reward; 0 leaves it out.
+        transport: settings of the partial transport in the semantic reward; None leaves the attention as it is.
+        standardize: bring each reward to mean 0 and standard deviation 1 over samples of the base model.
+        reference_batch: number of those samples.
+    """
+
+    encoder: str = "packaged"
+    ot_map: str | None = None
+    quality: float = 1.0  # PISCES: all weights 1
+    semantic: float = 1.0  # PISCES: all weights 1
+    transport: Transport | None = field(default_factory=Transport)  # PISCES: on
+    # Not in PISCES: a modality gap changes a reward's spread 16-20 times, which acts like another learning rate.
+    standardize: bool = True
+    reference_batch: int = 64  # the mean is then known to an eighth of a standard deviation
+
+    def __post_init__(self) -> None:
+        for key in ("quality", "semantic"):
+            _need(getattr(self, key) >= 0, f"rewards.{key}", getattr(self, key), "at least 0")
+        _need(self.quality + self.semantic > 0, "rewards", "quality 0 and semantic 0", "a positive weight")
+        _need(self.reference_batch >= 2, "rewards.reference_batch", self.reference_batch, "at least 2")
+
+
+@dataclass(frozen=True)
+class OneStepConfig:
+    """Algorithm ``one_step``: see :class:`pisces.algorithms.OneStep`."""
+
+    name: ClassVar[str] = "one_step"
+    needs_videos: ClassVar[bool] = True
+    needs_rewards: ClassVar[bool] = True
+    steps: int = 50  # PISCES: 50 Euler steps
+    anchor_weight: float = 1.0  # PISCES: weight of the consistency loss
+    phases: int = 1  # PISCES: one phase
+    huber_c: float = 0.001  # PISCES
+
+    def __post_init__(self) -> None:
+        _need(self.steps >= 1, "algorithm.steps", self.steps, "at least 1")
+        _need(self.anchor_weight >= 0, "algorithm.anchor_weight", self.anchor_weight, "at least 0")
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Algorithm ``draft``: see :class:`pisces.algorithms.Draft`."""
+
+    name: ClassVar[str] = "draft"
+    needs_videos: ClassVar[bool] = False
+    needs_rewards: ClassVar[bool] = True
+    steps: int = 4  # of the small world: the fewest steps whose videos have a shape
+    last_k: int | None = None  # all steps; DRaFT (arXiv 2309.17400) finds K = 1 enough for images
+    anchor_weight: float = 1.0  # as PISCES weighs its anchor; without one rewards are hacked
+    checkpointing: bool = False  # True trades a second forward pass for the memory of K - 1 steps
+
+    def __post_init__(self) -> None:
+        _need(self.steps >= 1, "algorithm.steps", self.steps, "at least 1")
+        _need(self.anchor_weight >= 0, "algorithm.anchor_weight", self.anchor_weight, "at least 0")
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig:
+    """Algorithm ``consistency``: see :class:`pisces.algorithms.Consistency`."""
+
+    name: ClassVar[str] = "consistency"
+    needs_videos: ClassVar[bool] = True
+    needs_rewards: ClassVar[bool] = False
+    steps: int = 50  # PISCES: 50 Euler steps
+    phases: int = 1  # PISCES: one phase
+    huber_c: float = 0.001  # PISCES
+
+    def __post_init__(self) -> None:
+        _need(self.steps >= 1, "algorithm.steps", self.steps, "at least 1")
+
+
+@dataclass(frozen=True)
+class FlowMatchingConfig:
+    """Algorithm ``flow_matching``: see :class:`pisces.algorithms.FlowMatching`."""
+
+    name: ClassVar[str] = "flow_matching"
+    needs_videos: ClassVar[bool] = True
+    needs_rewards: ClassVar[bool] = False
+    shift: float | None = None  # the scheduler's
+    caption_dropout: float = 0.1  # classifier-free guidance (arXiv 2207.12598): .1 to .2
+
+
+AlgorithmConfig = OneStepConfig | DraftConfig | ConsistencyConfig | FlowMatchingConfig
+ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
+    kind.name: kind for kind in (OneStepConfig, DraftConfig, ConsistencyConfig, FlowMatchingConfig)
+}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and a constant learning rate."""
+
+    lr: float = 1e-6  # PISCES, for a 13 B model with LoRA; 0.7 M parameters in full want about 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)  # PISCES
+    weight_decay: float = 1e-3  # PISCES
+    warmup_steps: int = 0  # PISCES: constant schedule
+    grad_clip: float | None = 1.0  # PISCES; None does not clip
+    accumulation: int = 32  # PISCES: 32 micro-batches an optimizer step
+    ema_decay: float = 0.0  # PISCES: no EMA; 0 is off
+
+    def __post_init__(self) -> None:
+        _need(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
+        _need(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        _need(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
+        _need(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "at least 0")
+        clip = self.grad_clip
+        _need(clip is None or clip > 0, "optimizer.grad_clip", clip, "a positive number or null")
+        _need(self.accumulation >= 1, "optimizer.accumulation", self.accumulation, "at least 1")
+        _need(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "0 (off) or a number below 1")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of full fine-tuning.
+
+    Attributes:
+        rank: r.
+        alpha: the adapter is scaled by alpha / rank.
+        targets: names of the layers; None takes the pipeline's attention and MLP projections.
+    """
+
+    rank: int = 256  # PISCES
+    alpha: float = 32.0  # PISCES
+    targets: tuple[str, ...] | None = None  # PISCES: attention and MLP projections
+
+    def __post_init__(self) -> None:
+        _need(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        _need(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where results go.
+
+    Attributes:
+        dir: receives config.yaml, log.jsonl, checkpoints/ and final/.
+        save_every: optimizer steps between checkpoints.
+        keep: newest checkpoints to leave.
+    """
+
+    dir: str = "runs/pisces"
+    save_every: int = 64  # PISCES validates every 64 steps
+    keep: int = 2  # one to go on from, one in case that a disk damages it
+
+    def __post_init__(self) -> None:
+        _need(self.save_every >= 1, "output.save_every", self.save_every, "at least 1")
+        _need(self.keep >= 1, "output.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole training run; every section may be left out.
+
+    Attributes:
+        pipeline: the generator.
+        data: prompts or captioned videos.
+        rewards: what is rewarded.
+        algorithm: one of the four, named by the key ``name``.
+        optimizer: AdamW.
+        lora: low-rank adapters; None (``null``) trains every weight of the transformer.
+        output: where results go.
+        steps: optimizer steps in all.
+        seed: of the data order, the noise and the adapter's first weights.
+    """
+
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    algorithm: AlgorithmConfig = field(default_factory=OneStepConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    steps: int = 256  # PISCES: 192-256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _need(self.steps >= 1, "steps", self.steps, "at least 1")
+        _need(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Build from nested mappings, refusing unknown keys and wrong types.
+
+        Raises:
+            ValueError: naming the key, what it got and what it expects; an unknown key with the nearest known one.
+        """
+        return _section(cls, values, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values that :meth:`from_dict` reads back."""
+        values = _plain(dataclasses.asdict(self))
+        values["algorithm"] = {"name": self.algorithm.name, **values["algorithm"]}
+        return values
+
+    def check_inputs(self) -> None:
+        """Check that the files and folders named are there and that they are enough for the algorithm.
+
+        Raises:
+            FileNotFoundError: naming the key and the path.
+            ValueError: if the algorithm has no data it can use.
+        """
+        if self.algorithm.needs_videos and not self.data.videos:
+            raise ValueError(f"data.videos: the algorithm {self.algorithm.name} needs a folder of captioned videos.")
+        if not self.data.videos and not self.data.prompts:
+            raise ValueError("data: got neither prompts nor videos, expected one of the two.")
+        named = {
+            "pipeline.path": self.pipeline.path,
+            "data.prompts": self.data.prompts,
+            "data.videos": self.data.videos,
+        }
+        if self.algorithm.needs_rewards:
+            named["rewards.encoder"] = self.rewards.encoder
+            named["rewards.ot_map"] = self.rewards.ot_map
+        for key, name in named.items():
+            if name is not None:
+                path = resolve_path(name)
+                if not path.exists():
+                    raise FileNotFoundError(f"{key}: no such file or directory: {path}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file of settings.
+
+    Args:
+        path: the file.
+        overrides: settings of the form ``a.b=value`` that replace the file's; values are read as YAML.
+
+    Returns:
+        The checked settings; files that they name exist.
+
+    Raises:
+        FileNotFoundError: if the file, or one that it names, is not there.
+        ValueError: if it is no YAML mapping, or a key or value is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"load_config: no such file: {path}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got a {type(values).__name__}, expected sections such as 'pipeline:'.")
+    for override in overrides:
+        _override(values, override)
+    try:
+        config = TrainConfig.from_dict(values)
+        config.check_inputs()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: {error}") from error
+    return config
+
+
+def resolve_path(name: str) -> Path:
+    """The path that a setting names: ``packaged`` and ``packaged:NAME`` are checkpoints of the package.
+
+    Raises:
+        FileNotFoundError: if the package has no such checkpoint.
+    """
+    if name == "packaged":
+        name = PACKAGED + "encoder"
+    if name.startswith(PACKAGED):
+        from pisces.world import checkpoint_path
+
+        return checkpoint_path(name.removeprefix(PACKAGED))
+    return Path(name).expanduser()
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set one ``a.b=value`` in nested mappings."""
+    key, sign, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not sign or not all(parts):
+        raise ValueError(f"override {override!r}: expected the form section.key=value.")
+    for part in parts[:-1]:
+        if not isinstance(values.get(part), dict):
+            values[part] = {}
+        values = values[part]
+    try:
+        values[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not valid YAML.") from error
+
+
+def _section(cls: Any, values: Any, where: str) -> Any:
+    """One dataclass from a mapping; ``where`` is the key of the section, empty at the top."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where or 'config'}: got {values!r}, expected a section with keys.")
+    hints = get_type_hints(cls)
+    known = [item.name for item in dataclasses.fields(cls)]
+    prefix = f"{where}." if where else ""
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            raise ValueError(f"{prefix}{key}: unknown key. Did you mean {prefix}{near[0]}? Known: {', '.join(known)}.")
+    return cls(**{key: _value(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as the type that ``hint`` asks for."""
+    if hint == AlgorithmConfig:
+        return _algorithm(value, where)
+    if get_origin(hint) in (types.UnionType, Union):
+        if value is None:
+            return None
+        return _value(next(kind for kind in get_args(hint) if kind is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        return _section(hint, value, where)
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        many = kinds[-1] is Ellipsis
+        if not isinstance(value, list | tuple) or not (many or len(value) == len(kinds)):
+            raise ValueError(f"{where}: got {value!r}, expected a list of {'' if many else len(kinds)} values.")
+        return tuple(_value(kinds[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-4 (no dot) as text.
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        raise ValueError(f"{where}: got {value!r}, expected {names[hint]}.")
+    if hint is float and value - value != 0:
+        raise ValueError(f"{where}: got {value!r}, expected a finite number.")
+    return value
+
+
+def _algorithm(value: Any, where: str) -> Any:
+    """The algorithm's section: its key ``name`` says which keys it has."""
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise ValueError(f"{where}: got {value!r}, expected a section with a name out of {', '.join(ALGORITHMS)}.")
+    name = value["name"]
+    if name not in ALGORITHMS:
+        near = difflib.get_close_matches(str(name), ALGORITHMS, n=1, cutoff=0.0)
+        raise ValueError(
+            f"{where}.name: unknown algorithm {name!r}. Did you mean {near[0]}? Known: {', '.join(ALGORITHMS)}."
+        )
+    rest = {key: item for key, item in value.items() if key != "name"}
+    return _section(ALGORITHMS[name], rest, where)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

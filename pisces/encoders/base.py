@@ -1,0 +1,172 @@
+"""What a reward needs of a video-text encoder: tokens, embeddings, a match score with a hook into its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+AttentionRefiner = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(query [B, Q, D], key [B, M, D], attention [B, H, Q, M], frame_index [M], positions [M, 2], lexical [B, Q] bool)
+-> attention [B, H, Q, M]. Called once in every fusion layer for the whole batch; query and key are the projections of
+the layer's cross-attention with all heads side by side, attention its probabilities. Rows where `lexical` is False
+(special tokens and padding) are to come back as they are."""
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Encoded prompts.
+
+    Attributes:
+        tokens: [B, N, D] features of the text tower, padding included.
+        embedding: [B, E] pooled, projected, L2-normalised.
+        mask: [B, N] bool, True for real tokens (special ones included), False for padding.
+        lexical: [B, N] bool, True for the words of the prompt only.
+    """
+
+    tokens: Tensor
+    embedding: Tensor
+    mask: Tensor
+    lexical: Tensor
+
+
+@dataclass(frozen=True)
+class VideoFeatures:
+    """Encoded videos.
+
+    Attributes:
+        tokens: [B, M, D] features of the video tower.
+        embedding: [B, E] pooled, projected, L2-normalised.
+        frame_index: [M] token frame of each token, -1 for a CLS token.
+        positions: [M, 2] (y, x) in [0, 1], (-1, -1) for a CLS token.
+    """
+
+    tokens: Tensor
+    embedding: Tensor
+    frame_index: Tensor
+    positions: Tensor
+
+
+class VideoTextEncoder(Protocol):
+    """A dual encoder with fusion layers, as InternVideo2 stage 2 has them.
+
+    Attributes:
+        n_frames: frames that the video tower looks at.
+        size: height and width in pixels that it looks at.
+        embed_dim: width E of the two embeddings.
+    """
+
+    n_frames: int
+    size: int
+    embed_dim: int
+
+    def encode_video(self, frames: Tensor) -> VideoFeatures:
+        """Encode frames [B, T, C, H, W] in [0, 1]; any T >= 1, H, W; differentiable and deterministic."""
+        ...
+
+    def encode_text(self, prompts: Sequence[str]) -> TextFeatures:
+        """Encode B prompts; a prompt without a word is a ValueError that names its index."""
+        ...
+
+    def match(self, text: TextFeatures, video: VideoFeatures, *, refine: AttentionRefiner | None = None) -> Tensor:
+        """Log-odds [B] that text i describes video i; `refine` may change the cross-attention of every layer."""
+        ...
+
+
+def resample(frames: Tensor, n_frames: int, size: int) -> Tensor:
+    """Bring videos to the frame count and size that an encoder wants, without randomness.
+
+    Time: frame round(i (T - 1) / (n_frames - 1)), so the first and the last are always there. Space: the short side
+    becomes `size` by antialiased bilinear interpolation, then the centre is cut out, so shapes keep their proportions.
+
+    Args:
+        frames: [B, T, C, H, W], floating point.
+        n_frames: frames wanted, at least 1.
+        size: height and width wanted, at least 1.
+
+    Returns:
+        [B, n_frames, C, size, size]; `frames` itself where it already has that shape.
+
+    Gradient:
+        Reaches every frame that is looked at and every pixel inside the centre square.
+
+    Raises:
+        ValueError: not five dimensions, or an empty one.
+
+    Example:
+        >>> resample(torch.rand(1, 5, 3, 48, 64), 9, 32).shape
+        torch.Size([1, 9, 3, 32, 32])
+    """
+    if frames.dim() != 5 or frames.numel() == 0:
+        raise ValueError(
+            f"resample: frames has shape {tuple(frames.shape)}, expected five dimensions (B, T, C, H, W), none "
+            "empty. Add the batch dimension with frames[None]."
+        )
+    b, t, _, h, w = frames.shape
+    if t != n_frames:
+        step = (t - 1) / max(n_frames - 1, 1)
+        index = [int(i * step + 0.5) for i in range(n_frames)]
+        # not frames[:, index]: its backward adds in an order that depends on the threads
+        frames = frames.index_select(1, torch.tensor(index, device=frames.device))
+    if (h, w) != (size, size):
+        scale = size / min(h, w)
+        h, w = max(size, round(h * scale)), max(size, round(w * scale))
+        flat = F.interpolate(frames.flatten(0, 1), size=(h, w), mode="bilinear", antialias=True, align_corners=False)
+        top, left = (h - size) // 2, (w - size) // 2
+        frames = flat[..., top : top + size, left : left + size].unflatten(0, (b, n_frames))
+    return frames
+
+
+def check_frames(frames: Tensor, who: str) -> None:
+    """Refuse what is no batch of videos with three colour channels in [0, 1].
+
+    The range is checked with a tolerance of 0.05: a video decoder overshoots a little, a video in [-1, 1] or [0, 255]
+    does not pass. NaN passes, so that one broken sample breaks its own reward only and the training loop can skip the
+    step. This reads two numbers back from the device.
+
+    Args:
+        frames: what the caller passed.
+        who: name for the message.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: wrong shape or out of range.
+    """
+    if not isinstance(frames, Tensor) or not frames.is_floating_point():
+        got = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
+        raise TypeError(f"{who}: frames is {got}, expected a floating-point tensor in [0, 1]. Divide uint8 by 255.")
+    if frames.dim() != 5 or frames.shape[2] != 3 or frames.numel() == 0:
+        raise ValueError(
+            f"{who}: frames has shape {tuple(frames.shape)}, expected (B, T, 3, H, W), none empty. "
+            "Add the batch dimension with frames[None]; channels come third."
+        )
+    low, high = (float(x) for x in torch.aminmax(frames.detach()))
+    if low < -0.05 or high > 1.05:  # False for NaN
+        raise ValueError(
+            f"{who}: frames reach from {low:.3g} to {high:.3g}, expected [0, 1]. "
+            "Map [-1, 1] by (frames + 1) / 2 and uint8 by frames / 255."
+        )
+
+
+def check_prompts(prompts: Sequence[str], who: str) -> list[str]:
+    """The prompts as a list; a bare string and an empty prompt are refused.
+
+    Raises:
+        TypeError: a bare string, or an entry that is no string.
+        ValueError: no prompts, or one without a visible character.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"{who}: prompts is one string, expected a list of strings. Pass [prompt].")
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError(f"{who}: prompts is empty, expected at least one.")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise TypeError(f"{who}: prompts[{i}] is {type(prompt).__name__}, expected a string.")
+        if not prompt.strip():
+            raise ValueError(f"{who}: prompts[{i}] is empty, expected at least one word. Remove or fill it.")
+    return prompts

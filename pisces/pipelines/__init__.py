@@ -1,0 +1,43 @@
+"""One adapter for each family of diffusers text-to-video pipelines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from pisces.pipelines.base import PipelineAdapter
+from pisces.pipelines.files import check_pipeline_dir
+from pisces.pipelines.trainable import prepare
+from pisces.pipelines.wan import WanAdapter
+
+ADAPTERS: dict[str, type[WanAdapter]] = {"WanPipeline": WanAdapter}
+
+
+def load_pipeline(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PipelineAdapter:
+    """Load a local diffusers directory with the adapter that fits its ``model_index.json``.
+
+    Args:
+        path: the directory.
+        dtype: every weight's type after loading, whatever it is on disk.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FileNotFoundError: if the directory is missing or is no pipeline.
+        ValueError: if its class has no adapter.
+    """
+    root = check_pipeline_dir(path, who="load_pipeline")
+    try:
+        name = json.loads((root / "model_index.json").read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"load_pipeline: {root / 'model_index.json'} names no pipeline class ({error}).") from error
+    if name not in ADAPTERS:
+        known = ", ".join(sorted(ADAPTERS))
+        raise ValueError(f"load_pipeline: {root} is a {name}, expected one of: {known}.")
+    return ADAPTERS[name].from_pretrained(root, dtype=dtype)
+
+
+__all__ = ["ADAPTERS", "PipelineAdapter", "WanAdapter", "load_pipeline", "prepare"]

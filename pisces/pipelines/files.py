@@ -1,0 +1,78 @@
+"""Reading and writing pipeline directories."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DEFAULTS_FILE = "pisces.json"
+DEFAULT_KEYS = ("n_frames", "height", "width", "steps", "fps")
+
+
+@contextmanager
+def quiet_files() -> Iterator[None]:
+    """Keep the progress bars of diffusers and transformers for reading and writing files off the terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in loggers:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in loggers:
+            log.enable_progress_bar()
+
+
+def check_pipeline_dir(path: str | Path, *, who: str) -> Path:
+    """The directory ``path`` if it holds a diffusers pipeline.
+
+    Raises:
+        FileNotFoundError: naming what is missing.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{who}: no such directory: {root}. Give a local diffusers pipeline directory.")
+    if not (root / "model_index.json").is_file():
+        raise FileNotFoundError(f"{who}: {root} has no model_index.json, so it is not a diffusers pipeline directory.")
+    return root
+
+
+def read_defaults(root: Path) -> dict[str, int]:
+    """The defaults in ``pisces.json`` of a pipeline directory; empty if there is none."""
+    file = root / DEFAULTS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text())
+        return {key: int(value) for key, value in values.items() if key in DEFAULT_KEYS}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: got {error}, expected a JSON object of integers {DEFAULT_KEYS}.") from error
+
+
+def write_defaults(root: Path, defaults: dict[str, int]) -> None:
+    """Write ``pisces.json`` into a pipeline directory."""
+    (root / DEFAULTS_FILE).write_text(json.dumps(defaults, indent=2) + "\n")
+
+
+@contextmanager
+def whole_dir(path: str | Path) -> Iterator[Path]:
+    """A directory to fill that gets the name ``path`` at the end, in place of an older one; removed on an error."""
+    target = Path(path)
+    partial, former = (target.with_name(target.name + suffix) for suffix in (".partial", ".former"))
+    for rest in (partial, former):
+        shutil.rmtree(rest, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if target.exists():
+            os.replace(target, former)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(former, ignore_errors=True)

@@ -1,0 +1,57 @@
+"""What of a pipeline is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pisces.pipelines.base import PipelineAdapter
+
+if TYPE_CHECKING:
+    from pisces.config import LoraConfig
+
+
+def prepare(adapter: PipelineAdapter, lora: LoraConfig | None, *, seed: int = 0) -> None:
+    """Choose what is trained: every weight of the transformer, or a new LoRA adapter on it.
+
+    Call it once, before ``FrozenBase`` and ``Trainer``.
+
+    Args:
+        adapter: the pipeline.
+        lora: the adapter's settings; None for full fine-tuning.
+        seed: of the adapter's first weights (Gaussian A, zero B: at first the model is the base).
+
+    An adapter is float32 whatever the transformer is: bfloat16 has 8 bits, and swallows small updates.
+
+    Raises:
+        ValueError: if the transformer already has an adapter, no layer has the wanted name, or all of a transformer
+            that is not float32 is to be trained.
+    """
+    transformer: Any = adapter.transformer
+    if getattr(transformer, "peft_config", None):
+        raise ValueError("prepare: the transformer already has a LoRA adapter. Load the pipeline afresh.")
+    if lora is None:
+        if transformer.dtype != torch.float32:
+            raise ValueError(
+                f"prepare: full fine-tuning of a {transformer.dtype} transformer would lose small updates. "
+                "Load it in float32, or train a LoRA adapter."
+            )
+        transformer.requires_grad_(True)
+        return
+    from peft import LoraConfig as PeftConfig
+
+    targets = list(lora.targets or adapter.lora_targets)
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if missing:
+        raise ValueError(f"prepare: the transformer has no linear layer named {missing}. It has e.g. {names[:6]}.")
+    transformer.requires_grad_(False)
+    config = PeftConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights="gaussian")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(config)
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

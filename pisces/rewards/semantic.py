@@ -1,0 +1,152 @@
+"""The semantic reward: the match head, the cross-attention of its words refined by partial optimal transport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pisces.encoders.base import VideoTextEncoder
+from pisces.rewards.base import Features, Reward, freeze
+from pisces_kernels import transport_attention
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Settings of the partial transport between words and video tokens.
+
+    Attributes:
+        epsilon: entropic regularisation, of a cost in [0, 1].
+        tau: rho / (rho + epsilon) in (0, 1], strength with which both marginals are kept; 1 is balanced. The paper's
+            released code calls it m.
+        mass: transported mass in (0, 1] instead of `tau`, as the paper's formula has it; None uses `tau`.
+        max_iters: most iterations of the solver.
+        tol: largest change of a log-scaling at which it stops.
+        gamma: weight of the distance in time.
+        eta: weight of the distance in space.
+
+    Source:
+        PISCES (arXiv 2602.01624), the token-level reward: epsilon 0.05, m 0.9, gamma = eta = 0.2.
+    """
+
+    epsilon: float = 0.05
+    tau: float = 0.9
+    mass: float | None = None
+    max_iters: int = 200
+    tol: float = 1e-3
+    gamma: float = 0.2
+    eta: float = 0.2
+
+
+class TransportRefiner:
+    """An `AttentionRefiner`: attention of the words fused with a transport plan, the whole batch in one call.
+
+        softmax_j(log(A + 1e-6) + log(P + 1e-6)),  P the plan with rows normalised to 1
+
+    Gradients run through the attention, not through the plan. Rows of special tokens and padding come back unchanged.
+
+    Args:
+        transport: settings.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        attention: Tensor,
+        frame_index: Tensor,
+        positions: Tensor,
+        lexical: Tensor,
+    ) -> Tensor:
+        """Refined attention [B, H, Q, M]."""
+        t = self.transport
+        return transport_attention(
+            query,
+            key,
+            attention,
+            frame_index,
+            positions,
+            epsilon=t.epsilon,
+            tau=t.tau,
+            mass=t.mass,
+            row_mask=lexical,
+            max_iters=t.max_iters,
+            tol=t.tol,
+            gamma=t.gamma,
+            eta=t.eta,
+        )
+
+
+class SemanticReward(Reward):
+    """reward = log P(match) of the encoder's match head.
+
+    Args:
+        encoder: its parameters are frozen here.
+        transport: settings of the partial transport in every fusion layer; None leaves the attention as it is.
+        log: log-probability; False gives the probability itself, as the paper has it. Its gradient vanishes for videos
+            that do not match at all, the logarithm's does not.
+
+    Source:
+        PISCES (arXiv 2602.01624), the discrete token-level partial-OT reward.
+    """
+
+    def __init__(self, encoder: VideoTextEncoder, *, transport: Transport | None = None, log: bool = True) -> None:
+        super().__init__()
+        self.encoder = freeze(encoder)
+        self.transport = transport
+        self.log = log
+
+    def score(self, features: Features) -> Tensor:
+        """Log-probability [B] <= 0, or probability in [0, 1]."""
+        text, video = features.encode(self.encoder)
+        refine = TransportRefiner(self.transport) if self.transport is not None else None
+        logit = self.encoder.match(text, video, refine=refine)
+        return F.logsigmoid(logit) if self.log else logit.sigmoid()
+
+
+def _uniform(
+    query: Tensor, key: Tensor, attention: Tensor, frame_index: Tensor, positions: Tensor, lexical: Tensor
+) -> Tensor:
+    """Every word looks everywhere alike."""
+    return torch.where(lexical[:, None, :, None], 1 / attention.shape[-1], attention)
+
+
+@torch.no_grad()
+def leverage(
+    encoder: VideoTextEncoder, frames: Tensor, prompts: Sequence[str], transport: Transport | None = None
+) -> dict[str, float]:
+    """How far the attention of the words can move the match score at all.
+
+    If even uniform attention hardly moves it, no refinement of the attention can help or harm this encoder's reward.
+
+    Args:
+        encoder: the encoder of a `SemanticReward`.
+        frames: [B, T, 3, H, W] in [0, 1], B >= 2.
+        prompts: B prompts.
+        transport: settings; None is `Transport()`.
+
+    Returns:
+        logit_std: standard deviation of the log-odds over the batch, to compare with.
+        partial_ot: mean |change of the log-odds| when partial transport refines the attention.
+        uniform: the same when the words' attention is replaced by uniform attention.
+
+    Raises:
+        ValueError: fewer than two videos, or what a reward refuses.
+    """
+    text, video = Features(frames, prompts).encode(encoder)
+    if len(frames) < 2:
+        raise ValueError("leverage: got one video, expected at least two for a standard deviation.")
+    plain = encoder.match(text, video)
+    refined = encoder.match(text, video, refine=TransportRefiner(transport or Transport()))
+    uniform = encoder.match(text, video, refine=_uniform)
+    return {
+        "logit_std": float(plain.std()),
+        "partial_ot": float((refined - plain).abs().mean()),
+        "uniform": float((uniform - plain).abs().mean()),
+    }

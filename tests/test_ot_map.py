@@ -1,0 +1,282 @@
+"""Laws of alignments: what the map recovers, what the metrics say in closed form, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional as F
+
+from pisces.ot_map import (
+    KINDS,
+    Alignment,
+    Kind,
+    NeuralOTMap,
+    alignment_metrics,
+    fit_alignment,
+    mutual_knn,
+    retrieval_at_1,
+    rho,
+    sinkhorn_divergence,
+    spearman,
+)
+
+E = 6
+
+
+def normal(n: int, seed: int, dim: int = E) -> Tensor:
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def example(kind: Kind, dim: int = E) -> Alignment:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network = NeuralOTMap(dim, hidden=16)
+    means = {"text_mean": 0.3 * normal(1, 2, dim)[0], "video_mean": 0.3 * normal(1, 3, dim)[0]}
+    return Alignment(kind, **means, network=network, info={"n_text": 5})
+
+
+def gap(text: Tensor, video: Tensor) -> float:
+    return float((F.normalize(text, dim=-1).mean(0) - F.normalize(video, dim=-1).mean(0)).norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_does_what_its_table_says(kind: Kind, seed: int) -> None:
+    alignment = example(kind)
+    y, x = 3 * normal(7, seed), 2 * normal(7, seed + 1)
+    n_y, n_x = F.normalize(y, dim=-1), F.normalize(x, dim=-1)
+    reference = example("center_ot")  # it has all the parts, whatever the kind keeps
+    m_y, m_x, network = reference.text_mean, reference.video_mean, reference.network
+    assert m_y is not None
+    assert m_x is not None
+    assert network is not None
+    text = {
+        "none": n_y,
+        "mean_shift": n_y + m_x - m_y,
+        "center": n_y - m_y,
+        "ot": network(n_y),
+        "center_ot": network(F.normalize(n_y - m_y, dim=-1)),
+    }[kind]
+    video = n_x - m_x if kind in ("center", "center_ot") else n_x
+    torch.testing.assert_close(alignment.text(y), F.normalize(text, dim=-1))
+    torch.testing.assert_close(alignment.video(x), F.normalize(video, dim=-1))
+    torch.testing.assert_close(alignment.text(5 * y), alignment.text(y))  # scale does not matter
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load_give_the_same_alignment(kind: Kind, tmp_path: Path) -> None:
+    alignment = example(kind)
+    loaded = Alignment.load(alignment.save(tmp_path / "new" / "map.safetensors"))
+    assert (loaded.kind, loaded.dim, loaded.info) == (kind, alignment.dim, {"n_text": 5})
+    z = normal(4, 5)
+    assert torch.equal(loaded.text(z), alignment.text(z))
+    assert torch.equal(loaded.video(z), alignment.video(z))
+
+
+@pytest.mark.parametrize("layout", ["raw", "structured"])
+def test_checkpoints_of_the_authors_load(layout: str, tmp_path: Path) -> None:
+    network = NeuralOTMap(E, hidden=16)
+    assert {k.rsplit(".", 1)[0] for k in network.state_dict()} == {f"net.{i}" for i in (0, 2, 3, 5, 6)}
+    state = network.state_dict()
+    torch.save(state if layout == "raw" else {"T": state, "f": {}, "step": 160000}, tmp_path / "map.pt")
+    loaded = Alignment.load(tmp_path / "map.pt")
+    assert loaded.kind == "ot"
+    z = normal(4, 6)
+    torch.testing.assert_close(loaded.text(z), F.normalize(network(F.normalize(z, dim=-1)), dim=-1))
+
+
+class Surprise:
+    """Pickles to a call; unpickling it must not happen."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_files_that_are_no_alignment_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
+        Alignment.load(tmp_path / "gone.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="format None"):
+        Alignment.load(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"ends in \.safetensors"):
+        example("ot").save(tmp_path / "map.pt")
+    for name, content in (("a.pt", {"weight": torch.zeros(2)}), ("b.pt", [1, 2]), ("c.pt", {"T": Surprise()})):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=name):
+            Alignment.load(tmp_path / name)
+    wrong = NeuralOTMap(E, 16).state_dict() | {"net.6.weight": torch.zeros(3, 16)}
+    torch.save(wrong, tmp_path / "d.pt")
+    with pytest.raises(ValueError, match="no map of width 6 - 16"):
+        Alignment.load(tmp_path / "d.pt")
+    (tmp_path / "e.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="no torch file"):
+        Alignment.load(tmp_path / "e.pt")
+
+
+def test_incomplete_alignments_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected one of none, mean_shift"):
+        Alignment("shift")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs text_mean"):
+        Alignment("center")
+    with pytest.raises(ValueError, match="needs network"):
+        Alignment("ot")
+    with pytest.raises(ValueError, match="one width"):
+        Alignment("center", text_mean=torch.zeros(3), video_mean=torch.zeros(4))
+    with pytest.raises(ValueError, match=r"expected \(\.\.\., 6\)"):
+        example("center").text(torch.zeros(2, 5))
+
+
+def test_closed_forms_of_the_fit(seed: int) -> None:
+    text, video = normal(50, seed) + 1, normal(40, seed + 1) - 1
+    for kind in ("mean_shift", "center"):
+        alignment = fit_alignment(text, video, kind=kind)  # type: ignore[arg-type]
+        assert alignment.text_mean is not None
+        torch.testing.assert_close(alignment.text_mean, F.normalize(text, dim=-1).mean(0))
+    assert not any(p.requires_grad for p in alignment.parameters())
+    # the scale of the embeddings does not matter: both sides are normalised before the fit as before the use
+    scaled = fit_alignment(7 * text, 0.1 * video, kind="center")
+    torch.testing.assert_close(scaled.text(text), alignment.text(text))
+    torch.testing.assert_close(fit_alignment(text, video, kind="none").text(text), F.normalize(text, dim=-1))
+
+
+@pytest.mark.parametrize("kind", ["ot", "center_ot"])
+def test_the_map_recovers_a_known_transport(kind: Kind) -> None:
+    """Gaussian clouds around directions that differ by a known affine map: the gap shrinks five times or more."""
+    dim = 8
+    base, target = normal(1, 10, dim), normal(1, 11, dim)
+    scale = torch.linspace(0.6, 1.4, dim)
+    text = base + 0.35 * normal(1200, 12, dim)
+    video = target + 0.35 * scale * normal(1200, 13, dim)
+    alignment = fit_alignment(text[:1000], video[:1000], kind=kind, hidden=64, steps=150, lr=1e-3, progress=False)
+    held_text, held_video = text[1000:], video[1000:]
+    q, v = alignment.text(held_text), alignment.video(held_video)
+    before = gap(held_text, held_video)
+    assert before > 0.5
+    assert float((q.mean(0) - v.mean(0)).norm()) < before / 5
+    # not only the means: the clouds themselves are closer
+    plain = (F.normalize(held_text, dim=-1), F.normalize(held_video, dim=-1))
+    assert sinkhorn_divergence(q, v) < sinkhorn_divergence(*plain) / 5
+    # transport moves little more than it must: what was near stays near
+    start = fit_alignment(text[:1000], video[:1000], kind="none" if kind == "ot" else "center").text(held_text)
+    assert spearman(torch.pdist(start), torch.pdist(q)) > 0.7
+
+
+def test_fits_repeat_with_their_seed_and_leave_global_randomness_alone() -> None:
+    text, video = normal(64, 1), normal(64, 2)
+    settings = {"kind": "ot", "hidden": 8, "steps": 3, "batch_size": 16, "progress": False}
+    state = torch.get_rng_state()
+    with torch.no_grad():  # where embeddings are usually made
+        first, second, other = (fit_alignment(text, video, seed=s, **settings) for s in (0, 0, 1))  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.text(text), second.text(text))
+    assert not torch.equal(first.text(text), other.text(text))
+    assert first.info == {"n_text": 64, "n_video": 64, "hidden": 8, "steps": 3, "batch_size": 16, "seed": 0}
+
+
+def test_fits_of_nothing_are_refused() -> None:
+    text = normal(8, 1)
+    with pytest.raises(ValueError, match="width 6 and video 5"):
+        fit_alignment(text, normal(8, 1, 5))
+    with pytest.raises(ValueError, match="at least two"):
+        fit_alignment(text[:1], text)
+    with pytest.raises(ValueError, match="int64"):
+        fit_alignment(text.long(), text)
+    with pytest.raises(ValueError, match="non-finite"):
+        fit_alignment(text, torch.full_like(text, torch.nan))
+    for name in ("hidden", "steps", "batch_size"):
+        with pytest.raises(ValueError, match=name):
+            fit_alignment(text, text, **{name: 0})
+    with pytest.raises(ValueError, match="kind is 'bures'"):
+        fit_alignment(text, text, kind="bures")  # type: ignore[arg-type]
+
+
+def test_rho_by_hand() -> None:
+    text = torch.tensor([[2.0, 1.0], [2.0, -1.0]])  # mean (2, 0), deviations +-(0, 1)
+    video = torch.tensor([[1.0, 0.0], [-1.0, 3.0], [0.0, -3.0]])
+    # shared part: v . (2, 0) = 2, -2, 0, variance 4; the rest: +-(0, 3, -3), variance 9
+    assert rho(text, video) == pytest.approx(4 / 9)
+    # centred texts share nothing
+    assert rho(text - text.mean(0), video) == pytest.approx(0)
+
+
+def test_retrieval_of_perfect_blind_and_repeated_captions(seed: int) -> None:
+    x = F.normalize(normal(200, seed, 16), dim=-1)
+    label = torch.arange(200)
+    assert retrieval_at_1(x, x, label) == 1
+    assert retrieval_at_1(x, x.roll(1, 0), label) == 0
+    assert retrieval_at_1(x, F.normalize(normal(200, seed + 1, 16), dim=-1), label) < 0.1
+    assert retrieval_at_1(x, x.roll(1, 0), torch.zeros(200, dtype=torch.long)) == 1
+
+
+def test_mutual_knn_of_equal_moved_and_foreign_clouds(seed: int) -> None:
+    x = normal(300, seed, 16)
+    assert mutual_knn(x, x) == 1
+    rotation = torch.linalg.qr(normal(16, seed + 1, 16)).Q
+    assert mutual_knn(x, x @ rotation) > 0.99
+    assert mutual_knn(x, normal(300, seed + 2, 16)) == pytest.approx(10 / 299, abs=0.03)
+    for bad in (0, 300):
+        with pytest.raises(ValueError, match="mutual_knn"):
+            mutual_knn(x, x, k=bad)
+
+
+def test_spearman_is_scipys(seed: int) -> None:
+    x, y = normal(1, seed, 80)[0], normal(1, seed + 1, 80)[0]
+    assert spearman(x, y) == pytest.approx(stats.spearmanr(x.numpy(), y.numpy()).statistic, abs=1e-6)
+    ties = (3 * x).round()
+    assert len(ties.unique()) < 80
+    assert spearman(ties, y) == pytest.approx(stats.spearmanr(ties.numpy(), y.numpy()).statistic, abs=1e-6)
+    assert spearman(x, x.exp()) == pytest.approx(1)
+    assert spearman(x, -x) == pytest.approx(-1)
+
+
+def test_sinkhorn_divergence_of_equal_and_of_shifted_clouds(seed: int) -> None:
+    x = 0.5 * normal(60, seed)
+    assert sinkhorn_divergence(x, x) == pytest.approx(0, abs=1e-5)
+    assert sinkhorn_divergence(x, x[torch.randperm(60)]) == pytest.approx(0, abs=1e-4)
+    shift = torch.zeros(E)
+    shift[0] = 0.8
+    # of a translation it is exactly |shift|^2 / 2, whatever epsilon is
+    assert sinkhorn_divergence(x, x + shift) == pytest.approx(0.32, rel=1e-2)
+
+
+def test_metrics_of_no_alignment_are_the_plain_ones(seed: int) -> None:
+    text, video = normal(40, seed), normal(40, seed + 1)
+    captions = [f"caption {i % 20}" for i in range(40)]
+    metrics = alignment_metrics(Alignment("none"), text, video, captions)
+    assert list(metrics) == ["gap", "cosine", "r_at_1", "rho", "sinkhorn_divergence", "mutual_knn", "spearman"]
+    assert metrics["gap"] == pytest.approx(gap(text, video), rel=1e-4)
+    assert metrics["cosine"] == pytest.approx(float(F.cosine_similarity(text, video).mean()), rel=1e-3, abs=1e-6)
+    assert metrics["spearman"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="39 captions"):
+        alignment_metrics(Alignment("none"), text, video, captions[1:])
+    with pytest.raises(ValueError, match="alignment_metrics"):
+        alignment_metrics(Alignment("none"), text, video[1:], captions)
+
+
+def test_a_map_that_harms_is_reported_and_one_that_helps_is_not() -> None:
+    shared = F.normalize(normal(60, 20, 16), dim=-1)
+    offset = torch.zeros(16)
+    offset[0] = 1.5
+    # texts with a large common part, along which the videos vary: centring removes it
+    text, video = shared + offset, shared + 0.8 * normal(60, 21, 1) * offset
+    captions = [str(i) for i in range(60)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        good = alignment_metrics(fit_alignment(text, video, kind="center"), text, video, captions)
+    plain = alignment_metrics(Alignment("none"), text, video, captions)
+    assert good["rho"] < plain["rho"]
+    assert good["r_at_1"] >= plain["r_at_1"]
+    network = NeuralOTMap(16, 8)
+    torch.nn.init.zeros_(network.net[6].weight)  # every text becomes the same: nothing can be found any more
+    torch.nn.init.ones_(network.net[6].bias)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        alignment_metrics(Alignment("ot", network=network), shared, shared, captions)
+    assert [w for w in caught if "lowers r_at_1 from 1.000" in str(w.message)]
+    assert [w for w in caught if "raises rho" in str(w.message)]

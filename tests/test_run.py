@@ -1,0 +1,161 @@
+"""A training run from settings to an exported model, with real rewards and files; and that a killed one goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from tiny_wan import PROMPTS, WORDS, build_tiny_wan
+
+from pisces.build import build_batches, reference_batch
+from pisces.config import TrainConfig, load_config
+from pisces.data import VideoReadError, write_metadata, write_video
+from pisces.encoders import TinyEncoder, TinyEncoderConfig
+from pisces.ot_map import Alignment, fit_alignment
+from pisces.pipelines import load_pipeline
+from pisces.state import latest_checkpoint, load_checkpoint
+from pisces.trainer import build_training, run_training
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline, an encoder, an alignment, a folder of videos and a file of prompts."""
+    root = tmp_path_factory.mktemp("world")
+    build_tiny_wan(root / "wan", layers=1, shift_terminal=0.2)
+    torch.manual_seed(0)
+    encoder = TinyEncoder(TinyEncoderConfig(vocabulary=tuple(WORDS), width=16))
+    encoder.save_pretrained(root / "encoder")
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for n, prompt in enumerate(PROMPTS):
+        write_video(root / "videos" / f"{n}.mp4", torch.rand(9, 3, 32, 32, generator=generator))
+        rows.append({"file_name": f"{n}.mp4", "text": prompt})
+    write_metadata(root / "videos", rows)
+    (root / "prompts.txt").write_text("\n".join(PROMPTS))
+    width = encoder.embed_dim
+    text, video = (torch.randn(16, width, generator=generator) for _ in range(2))
+    fit_alignment(text, video, kind="center", progress=False).save(root / "map.safetensors")
+    return root
+
+
+def settings(world: Path, output: Path, **sections: Any) -> TrainConfig:
+    """Quick settings, read through YAML."""
+    values = {
+        "pipeline": {"path": str(world / "wan")},
+        "data": {"videos": str(world / "videos"), "batch_size": 2},
+        "rewards": {"encoder": str(world / "encoder"), "ot_map": str(world / "map.safetensors"), "reference_batch": 4},
+        "algorithm": {"name": "draft", "steps": 2},
+        "optimizer": {"lr": 1e-3, "accumulation": 1},
+        "lora": {"rank": 2, "alpha": 2},
+        "output": {"dir": str(output), "save_every": 1},
+        "steps": 2,
+        **sections,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "in.yaml").write_text(yaml.safe_dump(values))
+    return load_config(output / "in.yaml")
+
+
+@pytest.mark.parametrize("name", ["draft", "one_step", "consistency", "flow_matching"])
+def test_every_algorithm_runs_from_a_file(world: Path, tmp_path: Path, name: str) -> None:
+    steps = {} if name == "flow_matching" else {"steps": 3}
+    final = run_training(settings(world, tmp_path, algorithm={"name": name, **steps}))
+    pipe = DiffusionPipeline.from_pretrained(str(world / "wan"), dtype=torch.float32)
+    pipe.load_lora_weights(str(final))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    rewarded = {"reward", "reward/quality", "reward/semantic"}
+    assert (rewarded <= set(lines[0])) == (name in ("draft", "one_step"))
+    assert all(line[key] is not None for line in lines for key in line)
+    assert TrainConfig.from_dict(yaml.safe_load((tmp_path / "config.yaml").read_text())).algorithm.name == name
+
+
+def test_prompts_alone_are_enough_for_draft(world: Path, tmp_path: Path) -> None:
+    trainer = build_training(settings(world, tmp_path, data={"prompts": str(world / "prompts.txt"), "batch_size": 2}))
+    assert set(trainer.batches[0].prompts + trainer.batches[1].prompts) == set(PROMPTS)
+    assert trainer.train_step()["loss"] is not None
+
+
+def test_rewards_of_the_base_are_standardized(world: Path, tmp_path: Path) -> None:
+    config = settings(world, tmp_path)
+    rewards: Any = build_training(config).algorithm.rewards  # type: ignore[attr-defined]
+    adapter = load_pipeline(world / "wan")
+    frames, prompts = reference_batch(config, adapter, build_batches(config, adapter))
+    assert len(frames) == len(prompts) == 4
+    for values in rewards.terms(frames, prompts).values():
+        assert float(values.mean()) == pytest.approx(0.0, abs=1e-3)
+        assert float(values.std()) == pytest.approx(1.0, abs=1e-3)
+    raw: Any = build_training(
+        settings(world, tmp_path, rewards={"encoder": str(world / "encoder"), "standardize": False, "quality": 0})
+    ).algorithm.rewards  # type: ignore[attr-defined]
+    terms = raw.terms(frames, prompts)
+    assert set(terms) == {"semantic"}
+    assert float(terms["semantic"].std()) != pytest.approx(1.0, abs=1e-2)
+
+
+def test_the_alignment_of_the_file_is_used(world: Path, tmp_path: Path) -> None:
+    rewards: Any = build_training(settings(world, tmp_path)).algorithm.rewards  # type: ignore[attr-defined]
+    used = rewards.rewards["quality"].reward.alignment.state_dict()
+    wanted = Alignment.load(world / "map.safetensors").state_dict()
+    assert used.keys() == wanted.keys()
+    assert wanted
+    assert all(torch.equal(used[name], wanted[name]) for name in wanted)
+
+
+def test_bad_videos_and_prompts_are_named(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "broken.mp4").write_bytes(b"not a video")
+    write_metadata(tmp_path / "videos", [{"file_name": "broken.mp4", "text": "a red square"}])
+    data = {"videos": str(tmp_path / "videos"), "batch_size": 1}
+    with pytest.raises(VideoReadError, match=r"broken\.mp4"):
+        run_training(settings(world, tmp_path, data=data, algorithm={"name": "flow_matching"}))
+    (tmp_path / "prompts.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match=r"prompts\.txt"):
+        run_training(settings(world, tmp_path, data={"prompts": str(tmp_path / "prompts.txt")}))
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    world: Path, tmp_path: Path, offline_environment: dict[str, str]
+) -> None:
+    sections = {"steps": 5, "algorithm": {"name": "flow_matching"}, "lora": None}
+    whole = build_training(settings(world, tmp_path / "whole", **sections))
+    whole.fit()
+    settings(world, tmp_path / "parts", **sections)
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    code = (
+        f"import sys, time, torch; torch.set_num_threads({torch.get_num_threads()})\n"
+        "from pisces.config import load_config\n"
+        "from pisces.trainer import build_training\n"
+        "trainer = build_training(load_config(sys.argv[1]))\n"
+        "step = trainer.train_step\n"
+        "trainer.train_step = lambda: (time.sleep(0.2), step())[1]\n"
+        "trainer.fit()\n"
+    )
+    root = str(Path(__file__).parent.parent)
+    environment = {**offline_environment, "PYTHONPATH": os.pathsep.join([offline_environment["PYTHONPATH"], root])}
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "parts" / "in.yaml")], env=environment)
+    deadline = time.monotonic() + 120
+    while latest_checkpoint(checkpoints) is None:
+        assert child.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    killed_at = load_checkpoint(latest_checkpoint(checkpoints)).step  # type: ignore[arg-type]
+    assert 1 <= killed_at < 5
+    resumed = build_training(load_config(tmp_path / "parts" / "in.yaml"))
+    resumed.fit()
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(parameter, resumed.parameters[name])
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
