@@ -18,20 +18,22 @@ GAIN_OVER_FURTHER_PRETRAINING = 0.05
 def main() -> None:
     """Exit with an error if the demo is slow, leaves traces outside its folder, or does not improve the generator."""
     with tempfile.TemporaryDirectory() as scratch:
-        home, output = Path(scratch, "home"), Path(scratch, "output")
+        home, temporary, output = (Path(scratch, name) for name in ("home", "temporary", "output"))
         home.mkdir()
+        temporary.mkdir()
         guard = str(ROOT / "tests" / "no_network")
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_", "MPL"))},
             "HOME": str(home),
             "PYTHONPATH": guard,
-            "TMPDIR": str(home),
+            "TMPDIR": str(temporary),
         }
         started = time.monotonic()
         command = [str(Path(sys.executable).parent / "pisces"), "demo", "--smoke", "--output", str(output)]
         subprocess.run(command, env=environment, cwd=home, check=True)
         seconds = time.monotonic() - started
-        left = sorted(str(path.relative_to(home)) for path in home.rglob("*"))
+        # torch makes an empty folder for its compiler's cache
+        left = [*home.rglob("*"), *(path for path in temporary.rglob("*") if path.is_file())]
         check(not left, f"files outside the output folder: {left}")
         check(seconds < LIMIT_SECONDS, f"took {seconds:.0f} s, expected under {LIMIT_SECONDS}")
         for name in ("index.html", "sheet.png", "curves.png", "table.md", "results.json"):

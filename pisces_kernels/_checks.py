@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,24 +73,44 @@ def weights(who: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{who}: {name} has negative or non-finite entries, expected finite weights >= 0.")
 
 
+def full_precision(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a backward formula compute as the forward did, also when it is called inside torch.autocast."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, grad: Tensor, *others: Tensor) -> Any:
+        if not torch.amp.is_autocast_available(grad.device.type):  # the meta device has none
+            return backward(ctx, grad, *others)
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad, *others)
+
+    return run
+
+
 def unit_interval(who: str, name: str, value: float) -> float:
     """Return value if it is in (0, 1]."""
-    if not isinstance(value, int | float) or not 0.0 < float(value) <= 1.0:
+    if not isinstance(value, Real) or not 0.0 < float(value) <= 1.0:
         raise ValueError(f"{who}: {name} is {value!r}, expected a number in (0, 1].")
+    return float(value)
+
+
+def number(who: str, name: str, value: float) -> float:
+    """Return value if it is a finite number."""
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{who}: {name} is {value!r}, expected a finite number.")
     return float(value)
 
 
 def positive(who: str, name: str, value: float) -> float:
     """Return value if it is a finite number > 0."""
-    if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{who}: {name} is {value!r}, expected a finite number > 0.")
     return float(value)
 
 
 def stopping(who: str, max_iters: int, tol: float) -> tuple[int, float]:
-    """Return (max_iters, tol) if max_iters >= 1 and tol >= 0."""
-    if isinstance(max_iters, bool) or not isinstance(max_iters, int) or max_iters < 1:
-        raise ValueError(f"{who}: max_iters is {max_iters!r}, expected an int >= 1.")
-    if not isinstance(tol, int | float) or not tol >= 0:
+    """Return (max_iters, tol) if max_iters is in [1, 2^31) and tol >= 0."""
+    if isinstance(max_iters, bool) or not isinstance(max_iters, Integral) or not 1 <= max_iters < 2**31:
+        raise ValueError(f"{who}: max_iters is {max_iters!r}, expected an int >= 1 (and < 2^31, where it is counted).")
+    if not isinstance(tol, Real) or not tol >= 0:
         raise ValueError(f"{who}: tol is {tol!r}, expected a number >= 0 (0 runs all iterations).")
-    return max_iters, float(tol)
+    return int(max_iters), float(tol)

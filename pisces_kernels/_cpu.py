@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,38 +23,9 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def sinkhorn(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    epsilon: Tensor,
-    *,
-    tau_a: float,
-    tau_b: float,
-    mass: Tensor | None,
-    row_mask: Tensor | None,
-    col_mask: Tensor | None,
-    max_iters: int,
-    tol: float,
-    f_init: Tensor | None,
-    g_init: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sinkhorn(cost: Tensor, *others: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.sinkhorn` in C++; same arguments and results."""
-    task, results, _alive = sinkhorn_task(
-        cost,
-        a,
-        b,
-        epsilon,
-        tau_a=tau_a,
-        tau_b=tau_b,
-        mass=mass,
-        row_mask=row_mask,
-        col_mask=col_mask,
-        max_iters=max_iters,
-        tol=tol,
-        f_init=f_init,
-        g_init=g_init,
-    )
+    task, results, _alive = sinkhorn_task(cost, *others, **options)
     _kernel("sinkhorn", cost.dtype)(task, torch.get_num_threads())
     return results
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,40 +11,11 @@ from . import _dispatch
 from ._cpu import sinkhorn_task
 
 
-def sinkhorn(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    epsilon: Tensor,
-    *,
-    tau_a: float,
-    tau_b: float,
-    mass: Tensor | None,
-    row_mask: Tensor | None,
-    col_mask: Tensor | None,
-    max_iters: int,
-    tol: float,
-    f_init: Tensor | None,
-    g_init: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sinkhorn(cost: Tensor, *others: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.sinkhorn` in one launch on the current stream; same arguments and results, without exact mass."""
-    if mass is not None:
+    if options["mass"] is not None:
         raise ValueError("sinkhorn: backend 'cuda' does not solve for an exact mass. Use backend='reference'.")
-    task, results, alive = sinkhorn_task(
-        cost,
-        a,
-        b,
-        epsilon,
-        tau_a=tau_a,
-        tau_b=tau_b,
-        mass=mass,
-        row_mask=row_mask,
-        col_mask=col_mask,
-        max_iters=max_iters,
-        tol=tol,
-        f_init=f_init,
-        g_init=g_init,
-    )
+    task, results, alive = sinkhorn_task(cost, *others, **options)
     module = _dispatch.extension()
     suffix = "f64" if cost.dtype == torch.float64 else "f32"
     n_elements = getattr(module, f"cuda_sinkhorn_workspace_{suffix}")(task)

@@ -49,6 +49,7 @@ def _cuda_problem() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # what was built does not change, and Dynamo cannot trace an import
 def why_not(backend: str) -> str | None:
     """Return None when the back end can run here, else the reason in words.
 
@@ -77,7 +78,9 @@ def _warn_slow() -> None:
     )
 
 
-def resolve(who: str, backend: str | None, device: torch.device) -> str:
+def resolve(
+    who: str, backend: str | None, device: torch.device, offered: tuple[str, ...] = ("reference", "cpu")
+) -> str:
     """Choose the back end for tensors on a device.
 
     Without a wish it is "cpu" on CPU tensors and "reference" elsewhere: the CUDA kernels are compiled but have not been
@@ -87,6 +90,7 @@ def resolve(who: str, backend: str | None, device: torch.device) -> str:
         who: name of the calling function.
         backend: None or one of `BACKENDS`.
         device: where the tensors are.
+        offered: the back ends that have this function.
 
     Returns:
         One of `BACKENDS`.
@@ -103,6 +107,8 @@ def resolve(who: str, backend: str | None, device: torch.device) -> str:
         return "cpu"
     if backend not in BACKENDS:
         raise ValueError(f"{who}: backend is {backend!r}, expected one of {BACKENDS} or None.")
+    if backend not in offered:
+        raise ValueError(f"{who}: backend {backend!r} does not have this function. Use one of {offered}.")
     reason = why_not(backend)
     if reason is not None:
         raise ValueError(f"{who}: backend {backend!r} cannot run: {reason}.")

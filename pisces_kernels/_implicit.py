@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import log_weights
+from .reference import bounded, log_weights
 
 
 def _solve(
@@ -106,8 +106,9 @@ def potentials_gradient(
     col_exponent = (f.unsqueeze(-1) - cost) / eps2
     row_lse = torch.logsumexp(row_exponent + log_b.unsqueeze(-2), -1, keepdim=True)
     col_lse = torch.logsumexp(col_exponent + log_a.unsqueeze(-1), -2, keepdim=True)
-    row_density = torch.where(keep, (row_exponent - row_lse).exp(), 0.0)  # R / b: finite where b is 0
-    col_density = torch.where(keep, (col_exponent - col_lse).exp(), 0.0)  # Q / a
+    weighted = (weight_a > 0).unsqueeze(-1) & (weight_b > 0).unsqueeze(-2)
+    row_density = torch.where(keep, bounded(row_exponent - row_lse, weighted).exp(), 0.0)  # R / b: finite where b is 0
+    col_density = torch.where(keep, bounded(col_exponent - col_lse, weighted).exp(), 0.0)  # Q / a
     row_soft = row_density * weight_b.unsqueeze(-2)
     col_soft = col_density * weight_a.unsqueeze(-1)
 
@@ -162,7 +163,7 @@ def potentials_gradient(
     if omega is not None and plan is not None:
         grad_cost = grad_cost + omega[:, None, None] * plan
         density = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / eps2
-        density = torch.where(keep, density.exp(), 0.0)
+        density = torch.where(keep, bounded(density, weighted).exp(), 0.0)
         grad_a = grad_a - eps * omega[:, None] * (density * weight_b.unsqueeze(-2)).sum(-1)
         grad_b = grad_b - eps * omega[:, None] * (density * weight_a.unsqueeze(-1)).sum(-2)
     return grad_cost, grad_a, grad_b, grad_mass

@@ -23,9 +23,9 @@ class SinkhornResult:
         g: [..., M] column potential.
         n_iters: [...] int32, iterations that ran.
         residual: [...], largest change of f/epsilon or g/epsilon in the last iteration. NaN says that the
-            problem's cost has a non-finite entry (its potentials are NaN too).
-        converged: [...] bool, residual < tol. False is a documented answer: max_iters was reached, the problem is
-            infeasible (balanced with unequal masses), or the cost is not finite.
+            problem's cost or start has a non-finite entry, or that its potentials overflowed (they are NaN then).
+        converged: [...] bool, residual < tol; with tol = 0: residual == 0. False is a documented answer: max_iters was
+            reached, the problem is infeasible (balanced with unequal masses), or the residual is NaN.
         cost: [..., N, M], a: [..., N], b: [..., M], epsilon: [...], tau: (tau_a, tau_b), mass: [...] or None, row_mask,
             col_mask: the problem that was solved.
     """
@@ -58,7 +58,14 @@ class SinkhornResult:
 
     def _exponent(self, f: Tensor, g: Tensor, keep: Tensor) -> Tensor:
         cost = torch.where(keep, self.cost.to(f.dtype), 0.0)
-        return (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / self.epsilon.to(f.dtype)[..., None, None]
+        exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / self.epsilon.to(f.dtype)[..., None, None]
+        return reference.bounded(exponent, (self.a > 0).unsqueeze(-1) & (self.b > 0).unsqueeze(-2))
+
+    def _dense(self, f: Tensor, g: Tensor) -> Tensor:
+        """exp((f + g - cost) / epsilon) * a * b, 0 where masked. [..., N, M]"""
+        keep = self._keep()
+        dense = self._exponent(f, g, keep).exp() * self.a.unsqueeze(-1) * self.b.unsqueeze(-2)
+        return torch.where(keep, dense, 0.0)
 
     def log_plan(self) -> Tensor:
         """Logarithm of the plan, (f + g - cost) / epsilon + log a + log b; -inf where masked or without weight.
@@ -76,9 +83,7 @@ class SinkhornResult:
         Returns:
             [..., N, M].
         """
-        keep = self._keep()
-        dense = self._exponent(self.f, self.g, keep).exp() * self.a.unsqueeze(-1) * self.b.unsqueeze(-2)
-        return torch.where(keep, dense, 0.0)
+        return self._dense(self.f, self.g)
 
     def marginals(self) -> tuple[Tensor, Tensor]:
         """Sums of the plan over columns and over rows.
@@ -108,10 +113,7 @@ class SinkhornResult:
         """
         f, g = self.f.detach(), self.g.detach()
         eps = self.epsilon.to(f.dtype)
-        keep = self._keep()
-        dense = self._exponent(f, g, keep).exp() * self.a.unsqueeze(-1) * self.b.unsqueeze(-2)
-        total = torch.where(keep, dense, 0.0).sum((-2, -1))
-        result = eps * (self.a.sum(-1) * self.b.sum(-1) - total)
+        result = eps * (self.a.sum(-1) * self.b.sum(-1) - self._dense(f, g).sum((-2, -1)))
         if self.mass is not None:
             top_f, top_g = self._top(f, self.row_mask), self._top(g, self.col_mask)
             f, g = f - top_f.unsqueeze(-1), g - top_g.unsqueeze(-1)
@@ -221,7 +223,7 @@ def sinkhorn(
     tau_a, tau_b = (_checks.unit_interval(WHO, "tau", t) for t in taus)
     if mass is not None and (tau_a, tau_b) != (1.0, 1.0):
         raise ValueError(f"{WHO}: got tau={tau} and mass={mass}, which exclude each other. Pass one of them.")
-    chosen = _dispatch.resolve(WHO, backend, cost.device)
+    chosen = _dispatch.resolve(WHO, backend, cost.device, _dispatch.BACKENDS)
 
     n_problems = 1
     for size in batch:
@@ -275,7 +277,7 @@ def sinkhorn(
         g=g.reshape(col_shape),
         n_iters=n_iters.reshape(batch),
         residual=residual,
-        converged=residual < tol if tol > 0 else residual == 0,
+        converged=residual.double() < tol if tol > 0 else residual == 0,
         cost=cost,
         a=a,
         b=b,
@@ -313,8 +315,8 @@ def _per_problem(name: str, value: float | Tensor, batch: list[int], device: tor
     if not isinstance(value, Tensor):
         return torch.full(batch, _checks.positive(WHO, name, value), dtype=torch.float64, device=device)
     value = _checks.broadcast(WHO, name, value.to(device, torch.float64), batch, "cost.shape[:-2]")
-    if _checks.readable(value) and not bool((value > 0).all()):
-        raise ValueError(f"{WHO}: {name} has entries <= 0 or NaN, expected numbers > 0.")
+    if _checks.readable(value) and not bool(((value > 0) & torch.isfinite(value)).all()):
+        raise ValueError(f"{WHO}: {name} has entries <= 0 or non-finite ones, expected finite numbers > 0.")
     return value
 
 
@@ -378,6 +380,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.taus = (tau_a, tau_b)
 
 
+@_checks.full_precision
 def _backward(ctx: Any, grad_f: Tensor, grad_g: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     cost, a, b, epsilon, f, g, mass, row_mask, col_mask = ctx.saved_tensors
     grad_cost, grad_a, grad_b, grad_mass = potentials_gradient(

@@ -16,6 +16,16 @@ def geometry(
     who: str, frame_index: Tensor, positions: Tensor, batch: int, n_cols: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Check the tokens' geometry and give it a batch dimension: ([B, M], [B, M, 2])."""
+    if frame_index.shape[-1:] != (n_cols,):
+        raise ValueError(
+            f"{who}: frame_index has shape {tuple(frame_index.shape)}, "
+            f"expected ({batch}, {n_cols}) = (B, M) or ({n_cols},)."
+        )
+    if positions.shape[-2:] != (n_cols, 2):
+        raise ValueError(
+            f"{who}: positions has shape {tuple(positions.shape)}, "
+            f"expected ({batch}, {n_cols}, 2) = (B, M, 2) or ({n_cols}, 2)."
+        )
     frames = _checks.broadcast(who, "frame_index", frame_index, (batch, n_cols), "(B, M)")
     places = _checks.broadcast(who, "positions", positions, (batch, n_cols, 2), "(B, M, 2)")
     return frames.to(dtype), places.to(dtype)
@@ -110,12 +120,11 @@ def token_cost(
     frames, places = geometry(WHO, frame_index, positions, batch, n_cols, dtype)
     row_mask = _checks.mask(WHO, "row_mask", row_mask, (batch, n_rows), "(B, N)")
     col_mask = _checks.mask(WHO, "col_mask", col_mask, (batch, n_cols), "(B, M)")
+    gamma, eta = _checks.number(WHO, "gamma", gamma), _checks.number(WHO, "eta", eta)
     chosen = _dispatch.resolve(WHO, backend, text.device)
-    if chosen == "cuda":
-        raise ValueError(f"{WHO}: there is no CUDA kernel for this function. Use backend='reference'.")
     return _token_cost_op(
-        text.to(dtype), video.to(dtype), attention.to(dtype), frames, places, float(gamma), float(eta), normalize,
-        row_mask, col_mask, chosen,
+        text.to(dtype), video.to(dtype), attention.to(dtype), frames, places, gamma, eta, normalize, row_mask,
+        col_mask, chosen,
     )  # fmt: skip
 
 
@@ -172,6 +181,7 @@ def _unit_backward(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     return (grad - unit * (grad * unit).sum(-1, keepdim=True)) / norm
 
 
+@_checks.full_precision
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     text, video, attention, frame_index, positions, row_mask, col_mask, cost = ctx.saved_tensors
     gamma, eta, normalize = ctx.options

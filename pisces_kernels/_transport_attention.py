@@ -110,12 +110,11 @@ def transport_attention(
     row_mask = _checks.mask(WHO, "row_mask", row_mask, (batch, n_rows), "(B, Q)")
     epsilon = _checks.positive(WHO, "epsilon", epsilon)
     tau = _checks.unit_interval(WHO, "tau", tau)
+    gamma, eta = _checks.number(WHO, "gamma", gamma), _checks.number(WHO, "eta", eta)
     if mass is not None:
         mass = _checks.unit_interval(WHO, "mass", mass)
     max_iters, tol = _checks.stopping(WHO, max_iters, tol)
     chosen = _dispatch.resolve(WHO, backend, query.device)
-    if chosen == "cuda":
-        raise ValueError(f"{WHO}: there is no CUDA kernel for this function. Use backend='reference'.")
     wide = attention.to(dtype)
     if differentiable_plan:
         with torch.autocast(query.device.type, enabled=False):
@@ -126,7 +125,7 @@ def transport_attention(
     else:
         refined, plan = _transport_attention_op(
             wide, query.detach().to(dtype), key.detach().to(dtype), frames, places, epsilon, tau, mass, row_mask,
-            max_iters, tol, float(gamma), float(eta), return_plan, chosen,
+            max_iters, tol, gamma, eta, return_plan, chosen,
         )  # fmt: skip
     refined = refined.to(attention.dtype)
     return (refined, plan) if return_plan else refined
@@ -163,8 +162,7 @@ def _composition(
         tol=tol,
         backend=backend,
     )
-    plan = result.plan()
-    return reference.fuse(attention, plan, row_mask), plan
+    return reference.fuse(attention, reference.row_plan(cost, result.g, epsilon), row_mask), result.plan()
 
 
 @torch.library.custom_op("pisces_kernels::transport_attention", mutates_args=())
@@ -188,9 +186,7 @@ def _transport_attention_op(
     """Refined attention and plan (empty unless asked for) on one back end."""
     options: dict[str, Any] = {"epsilon": epsilon, "tau": tau, "mass": mass, "row_mask": row_mask}
     options.update(max_iters=max_iters, tol=tol, gamma=gamma, eta=eta)
-    with torch.autocast(
-        query.device.type, enabled=False
-    ):  # the cost is compared with epsilon: no half precision inside
+    with torch.autocast(query.device.type, enabled=False):  # the cost is compared with epsilon: no half precision
         if backend == "cpu":
             from ._cpu import transport_attention as fused
 
@@ -200,23 +196,8 @@ def _transport_attention_op(
 
 
 @_transport_attention_op.register_fake
-def _(
-    attention: Tensor,
-    query: Tensor,
-    key: Tensor,
-    frame_index: Tensor,
-    positions: Tensor,
-    epsilon: float,
-    tau: float,
-    mass: float | None,
-    row_mask: Tensor | None,
-    max_iters: int,
-    tol: float,
-    gamma: float,
-    eta: float,
-    return_plan: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(attention: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    *_, return_plan, _backend = others
     refined = torch.empty_like(attention, memory_format=torch.contiguous_format)
     return refined, torch.empty_like(refined) if return_plan else attention.new_empty(0)
 

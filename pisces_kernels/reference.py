@@ -29,6 +29,19 @@ def log_weights(weights: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, weights, 1.0).log(), -torch.inf)
 
 
+def bounded(exponent: Tensor, weighted: Tensor) -> Tensor:
+    """Keep exp finite where the result is multiplied by a weight of zero: nothing else limits the exponent there.
+
+    Args:
+        exponent: [...].
+        weighted: [...] bool, that broadcasts: False where the product is zero whatever the exponent.
+
+    Returns:
+        [...], at most about half the largest representable exponent where not weighted.
+    """
+    return torch.where(weighted, exponent, exponent.clamp_max(40.0))
+
+
 def soft_minimum(cost: Tensor, potential: Tensor, log_weight: Tensor, epsilon: Tensor) -> Tensor:
     """Return the entropic c-transform, -epsilon * log sum_j weight_j exp((potential_j - cost_ij) / epsilon).
 
@@ -125,7 +138,7 @@ def sinkhorn(
     Returns:
         (f [P, N], g [P, M], n_iters [P] int32, residual [P]): residual is the largest change of f/epsilon or
         g/epsilon in the last iteration. Potentials of masked entries are 0. A problem without weight on one
-        side gives zeros and residual 0; one with a non-finite cost gives NaN.
+        side gives zeros and residual 0; one with a non-finite cost or start, or whose potentials overflow, gives NaN.
     """
     n_problems = cost.shape[0]
     eps = epsilon.to(cost.dtype).unsqueeze(-1)  # [P, 1]
@@ -140,6 +153,10 @@ def sinkhorn(
     log_a = torch.where(empty.unsqueeze(-1), 0.0, log_a)
     log_b = torch.where(empty.unsqueeze(-1), 0.0, log_b)
     broken = ~torch.isfinite(cost).all(-1).all(-1)
+    for start, real in ((f_init, rows), (g_init, cols)):
+        if start is not None:
+            broken = broken | (real & ~torch.isfinite(start)).any(-1)
+    broken = broken & ~empty
     cost = torch.where(broken[:, None, None], 0.0, cost)
     cost_t = cost.transpose(-1, -2)
 
@@ -187,6 +204,7 @@ def sinkhorn(
     blank = empty.unsqueeze(-1)
     f, g = torch.where(blank, 0.0, f), torch.where(blank, 0.0, g)
     residual = torch.where(empty, 0.0, residual)
+    broken = broken | ~(torch.isfinite(f).all(-1) & torch.isfinite(g).all(-1))  # overflowed on the way
     bad = broken.unsqueeze(-1)
     f, g = torch.where(bad & rows, torch.nan, f), torch.where(bad & cols, torch.nan, g)
     residual = torch.where(broken, torch.nan, residual)
@@ -260,6 +278,22 @@ def token_cost(
     return torch.where(keep, cost, 0.0)
 
 
+def row_plan(cost: Tensor, g: Tensor, epsilon: float) -> Tensor:
+    """Return the plan's rows scaled to sum 1 for uniform column weights, softmax_j((g_j - cost_ij) / epsilon).
+
+    The row potential cancels, so that rows survive whose plan is too small to represent.
+
+    Args:
+        cost: [..., N, M].
+        g: [..., M], column potential.
+        epsilon: entropic regularisation.
+
+    Returns:
+        [..., N, M].
+    """
+    return torch.softmax((g.unsqueeze(-2) - cost) / epsilon, dim=-1)
+
+
 def fuse(attention: Tensor, plan: Tensor, row_mask: Tensor | None = None) -> Tensor:
     """Combine attention with a transport plan in the log domain.
 
@@ -267,15 +301,15 @@ def fuse(attention: Tensor, plan: Tensor, row_mask: Tensor | None = None) -> Ten
 
     Args:
         attention: [B, H, N, M].
-        plan: [B, H, N, M], non-negative.
+        plan: [B, H, N, M], non-negative; `row_plan` where it may be too small to represent.
         row_mask: [B, N] bool; other rows of the attention come back as they are.
 
     Returns:
         [B, H, N, M].
     """
     total = plan.sum(-1, keepdim=True)
-    row_plan = plan / torch.where(total > 0, total, 1.0)
-    fused = torch.softmax((attention + ATTENTION_FLOOR).log() + (row_plan + ATTENTION_FLOOR).log(), dim=-1)
+    rows = plan / torch.where(total > 0, total, 1.0)
+    fused = torch.softmax((attention + ATTENTION_FLOOR).log() + (rows + ATTENTION_FLOOR).log(), dim=-1)
     if row_mask is None:
         return fused
     return torch.where(row_mask[:, None, :, None], fused, attention)
@@ -332,4 +366,5 @@ def transport_attention(
     )
     plan = (((f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon).exp() * a.unsqueeze(-1)) * b.unsqueeze(-2)
     plan = torch.where(rows_ph.unsqueeze(-1), plan, 0.0).reshape(batch, heads, n_rows, n_cols)
-    return fuse(attention, plan, row_mask), plan
+    scaled = row_plan(cost, g, epsilon).reshape(batch, heads, n_rows, n_cols)
+    return fuse(attention, scaled, row_mask), plan

@@ -40,6 +40,13 @@ def test_generators_are_plain_diffusers_directories(name: str) -> None:
     assert frames.isfinite().all()
 
 
+def test_a_grid_that_the_scheduler_cannot_make_is_named() -> None:
+    adapter = WanAdapter.from_pretrained(checkpoint_path("wan-good"))
+    assert adapter.sigmas(2).tolist() == pytest.approx([1.0, 0.2, 0.0])
+    with pytest.raises(ValueError, match="no grid of 1 step"):
+        adapter.sample(["a red square moves left"], steps=1)
+
+
 def test_reconstructions(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(48, generator)

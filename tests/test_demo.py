@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,10 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seeds is 0"):
         run_demo(tmp_path, seeds=0)
     assert isinstance(SMOKE, DemoSize)
+
+
+def test_the_network_guard_of_child_processes_bites(offline_environment: dict[str, str]) -> None:
+    code = "import socket; socket.create_connection(('127.0.0.1', 9), timeout=1)"
+    child = subprocess.run([sys.executable, "-c", code], env=offline_environment, capture_output=True, text=True)
+    assert child.returncode != 0
+    assert "network access to ('127.0.0.1', 9) during an offline run" in child.stderr

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from pisces.pipelines import load_pipeline
+from pisces.world import checkpoints, vae_recipe
 from pisces.world.checkpoints import STAGES, train_checkpoints
 from pisces.world.generator_recipe import (
     FLOW_SHIFT,
@@ -25,7 +28,7 @@ class Killed(Exception):
     """Stands for a kill in the middle of a step."""
 
 
-def train_toy(state_file: Path, *, kill_at: int | None = None) -> nn.Module:
+def train_toy(state_file: Path, *, kill_at: int | None = None, seed: int = 3) -> nn.Module:
     """Ten steps of a small regression with both optimizers."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -35,7 +38,7 @@ def train_toy(state_file: Path, *, kill_at: int | None = None) -> nn.Module:
     def step(i: int) -> dict[str, float]:
         if i == kill_at:
             raise Killed
-        x = torch.randn(16, 4, generator=step_generator(3, i))
+        x = torch.randn(16, 4, generator=step_generator(seed, i))
         loss = (model(x) - x[:, :1]).square().mean()
         model.zero_grad()
         loss.backward()
@@ -44,7 +47,16 @@ def train_toy(state_file: Path, *, kill_at: int | None = None) -> nn.Module:
         return {"loss": loss.item()}
 
     stateful = {"model": model, "muon": muon, "adam": adam}
-    run_steps("toy", steps=10, step=step, stateful=stateful, state_file=state_file, save_every=2, log=lambda _: None)
+    run_steps(
+        "toy",
+        steps=10,
+        step=step,
+        stateful=stateful,
+        state_file=state_file,
+        settings={"seed": seed},
+        save_every=2,
+        log=lambda _: None,
+    )
     return model
 
 
@@ -60,6 +72,12 @@ def test_a_killed_recipe_ends_as_an_unbroken_one(tmp_path: Path) -> None:
         train_toy(tmp_path / "c.pt", kill_at=9)
     short = torch.load(tmp_path / "c.pt", weights_only=True)["model"]
     assert not torch.equal(short["0.weight"], unbroken[0].weight)
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    train_toy(tmp_path / "state.pt", seed=3)
+    with pytest.raises(ValueError, match=r"of a run with .*'seed': 3"):
+        train_toy(tmp_path / "state.pt", seed=4)
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (3, 9), (12, 4), (8, 4, 3, 3)])
@@ -137,6 +155,29 @@ def test_vae_loss_reaches_every_weight_that_sees_the_video(frames: int) -> None:
     # a single frame is never resampled in time
     assert all("time_conv" in name for name in idle)
     assert bool(idle) == (frames == 1)
+
+
+def test_all_stages_make_a_loadable_folder_and_are_then_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("IMAGE_STEPS", 1), ("VIDEO_STEPS", 1), ("BANK", 16)):
+        monkeypatch.setattr(vae_recipe, name, value)
+    monkeypatch.setattr(checkpoints, "SCORED", 4)
+    monkeypatch.setattr(checkpoints, "GOOD", GeneratorData(videos=32, steps=1))
+    monkeypatch.setattr(checkpoints, "BASE", GeneratorData(videos=32, steps=1, damage=0.3, lies=0.3))
+    monkeypatch.setattr(checkpoints, "_make_encoder", lambda folder, *_: folder.mkdir())
+    lines: list[str] = []
+    train_checkpoints(tmp_path, log=lines.append)
+    assert [line.split(":")[0] for line in lines if line.endswith(": training")] == list(STAGES)
+    for name in ("wan-good", "wan-base"):
+        adapter = load_pipeline(tmp_path / name)
+        assert adapter.sample(["a red square moves left"], steps=2).isfinite().all()
+        scores = json.loads((tmp_path / name / "scores.json").read_text())
+        assert scores["recipe"]["generator"]["steps"] == 1
+        assert 0 <= scores["reconstruction"]["total"] <= 1
+    lines.clear()
+    train_checkpoints(tmp_path, log=lines.append)
+    assert not lines
 
 
 def test_unknown_stages_are_named(tmp_path: Path) -> None:

@@ -302,7 +302,12 @@ def test_strides_broadcasting_and_half_precision(backend):
         assert half.f.dtype == torch.float32
         assert torch.equal(half.f, sinkhorn(cost.to(dtype).float(), epsilon=0.1, backend=backend).f)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(sinkhorn(cost, epsilon=0.1, backend=backend).f, plain.f)
+        inside = sinkhorn(cost.requires_grad_(), epsilon=0.1, backend=backend)
+        assert torch.equal(inside.f, plain.f)
+        gradient = torch.autograd.grad(inside.f[..., 0].sum(), cost, retain_graph=True)[0]
+    assert torch.equal(gradient, torch.autograd.grad(inside.f[..., 0].sum(), cost)[0])
+    shadow = torch.rand(2, 4, 6, device="meta", requires_grad=True)
+    assert torch.autograd.grad(sinkhorn(shadow, epsilon=0.1).f.sum(), shadow)[0].shape == shadow.shape
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -330,6 +335,43 @@ def test_zero_weights_and_empty_problems(backend, kind):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_zero_on_both_sides_overflow_nowhere(backend, kind):
+    cost = torch.ones(5, 7)
+    cost[0, 0] = 0  # in row 0 and column 0, which have no weight, exp((f + g - cost) / epsilon) is exp(2000)
+    a, b = torch.full((5,), 0.25), torch.full((7,), 1 / 6)
+    a[0] = b[0] = 0
+    inputs = [t.requires_grad_() for t in (cost, a, b)]
+    result = sinkhorn(*inputs, epsilon=0.001, backend=backend, **KINDS[kind])
+    assert torch.isfinite(result.plan()).all()
+    assert (result.plan()[0] == 0).all()
+    weight = torch.randn(5, 7)
+    for scalar in (result.f.sum() + result.g.square().sum(), (result.plan() * weight).sum(), result.value):
+        for gradient in torch.autograd.grad(scalar, inputs, retain_graph=True):
+            assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_overflow_and_starts_that_are_not_finite_are_reported(backend, kind):
+    options = {"epsilon": 0.1, "backend": backend, **KINDS[kind]}
+    cost = torch.rand(2, 5, 8)
+    beyond = torch.stack([cost[0], torch.linspace(1e38, 3e38, 40).view(5, 8)])  # cost / epsilon is beyond float32
+    nan = torch.zeros(2, 8)
+    nan[1, 3] = torch.nan
+    inf = torch.zeros(2, 5)
+    inf[1, 2] = torch.inf
+    for values, start in ((beyond, {}), (cost, {"g_init": nan}), (cost, {"f_init": inf})):
+        result = sinkhorn(values, **start, **options)
+        assert result.converged.tolist() == [True, False]
+        assert result.residual.isnan().tolist() == [False, True]
+        assert result.f.isnan().all(-1).tolist() == [False, True]
+        assert torch.isfinite(result.plan()[0]).all()
+    masked = sinkhorn(cost, g_init=nan, col_mask=torch.isfinite(nan), **options)
+    assert masked.converged.all()  # what is masked may hold anything
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_cannot_be_solved_is_reported(backend):
     cost = random_costs(3, 5, 8)
     cost[1, 2, 3] = torch.nan
@@ -345,7 +387,7 @@ def test_what_cannot_be_solved_is_reported(backend):
     unequal = sinkhorn(cost[0], torch.full((5,), 0.4, dtype=torch.float64), epsilon=0.1, backend=backend)
     assert not unequal.converged  # sum a = 2, sum b = 1: no balanced plan exists
     assert unequal.residual.item() == pytest.approx(np.log(2), abs=1e-6)
-    none = sinkhorn(torch.rand(0, 5, 8), epsilon=0.1, backend=backend)
+    none = sinkhorn(torch.rand(0, 5, 8), epsilon=np.float32(0.1), max_iters=np.int64(9), backend=backend)
     assert none.plan().shape == (0, 5, 8)
 
 
@@ -428,6 +470,7 @@ COST = torch.rand(2, 4, 6)
         ({"a": torch.full((2, 4), torch.nan)}, ValueError, "negative or non-finite"),
         ({"epsilon": 0.0}, ValueError, "epsilon is 0.0"),
         ({"epsilon": torch.tensor([0.1, -1.0])}, ValueError, "epsilon has entries <= 0"),
+        ({"epsilon": torch.tensor([0.1, torch.inf])}, ValueError, "expected finite numbers > 0"),
         ({"epsilon": torch.tensor([0.1, 0.1, 0.1])}, ValueError, "epsilon has shape"),
         ({"tau": 1.5}, ValueError, "tau is 1.5"),
         ({"tau": (0.9, 0.9, 0.9)}, ValueError, "tau has 3 entries"),
@@ -437,6 +480,7 @@ COST = torch.rand(2, 4, 6)
         ({"row_mask": torch.ones(2, 4)}, TypeError, "expected a bool tensor"),
         ({"col_mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"expected \(2, 6\)"),
         ({"max_iters": 0}, ValueError, "max_iters is 0"),
+        ({"max_iters": 2**31}, ValueError, "max_iters is 2147483648"),
         ({"tol": -1.0}, ValueError, "tol is -1.0"),
         ({"gradient": "magic"}, ValueError, "expected 'implicit' or 'none'"),
         ({"backend": "tpu"}, ValueError, "backend is 'tpu'"),

@@ -172,6 +172,21 @@ def test_gradcheck(backend, normalize, masked):
     assert torch.autograd.gradcheck(cost, inputs)
 
 
+def test_backward_inside_autocast_is_not_done_in_half_precision():
+    frame_index, positions = token_grid(3, 4, 4)
+    text, video, attention = token_problem(2, 3, 5, 49, dtype=torch.float32)
+    text.requires_grad_()
+    weight = torch.randn(2, 3, 5, 49)
+
+    def gradient():
+        cost = token_cost(text, video, attention, frame_index, positions)
+        return torch.autograd.grad((cost * weight).sum(), text)[0]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = gradient()
+    assert torch.equal(inside, gradient())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     frame_index, positions = token_grid(2, 2, 2)
@@ -190,6 +205,8 @@ def test_opcheck(backend):
         ({"attention": torch.rand(2, 3, 5, 8)}, ValueError, r"expected \(2, H, 5, 9\)"),
         ({"frame_index": torch.zeros(8)}, ValueError, r"frame_index has shape \(8,\), expected \(2, 9\)"),
         ({"positions": torch.zeros(9, 3)}, ValueError, "positions has shape"),
+        ({"positions": torch.zeros(9, 1)}, ValueError, r"positions has shape \(9, 1\), expected \(2, 9, 2\)"),
+        ({"gamma": float("nan")}, ValueError, "gamma is nan"),
         ({"row_mask": torch.ones(2, 5)}, TypeError, "row_mask is torch.float32"),
         ({"backend": "cuda"}, ValueError, "backend 'cuda'|CUDA"),
     ],

@@ -129,6 +129,46 @@ def test_float32_equals_float64_reference(epsilon):
     assert (got.double() - want).abs().max() < max(5e-6, 5e-8 / epsilon)  # float32 costs are good to about 1e-7
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_whose_plan_underflows_are_refined_all_the_same(backend, dtype):
+    frame_index, positions = token_grid(3, 4, 4)
+    query, key, attention = token_problem(2, 3, 6, 49, dtype=dtype)
+    options = {"tau": 0.1, "epsilon": 1e-3 if dtype == torch.float32 else 5e-5, "tol": 1e-6, "backend": backend}
+    inputs = (query, key, attention, frame_index, positions)
+    refined, plan = transport_attention(*inputs, return_plan=True, **options)
+    assert (plan.sum(-1) == 0).any()  # rows that carry less than the smallest number
+    assert torch.isfinite(plan).all()
+    cost = token_cost(*(t.double() for t in inputs), backend="reference")
+    solution = sinkhorn(cost, epsilon=options["epsilon"], tau=0.1, tol=1e-12, backend="reference")
+    rows = torch.softmax((solution.g.unsqueeze(-2) - cost) / options["epsilon"], -1)
+    want = (attention.double() + 1e-6) * (rows + 1e-6)
+    want = want / want.sum(-1, keepdim=True)
+    assert (refined.double() - want).abs().max() < (1e-3 if dtype == torch.float32 else 1e-5)
+    composed = transport_attention(*inputs, differentiable_plan=True, **options)
+    assert (composed.double() - want).abs().max() < (1e-3 if dtype == torch.float32 else 1e-5)
+
+
+def test_compiles_into_one_graph():
+    frame_index, positions = token_grid(2, 2, 2)
+    query, key, attention = token_problem(2, 2, 3, 9, dtype=torch.float32)
+
+    def both(cost):
+        refined = transport_attention(query, key, cost, frame_index, positions)
+        return refined, sinkhorn(cost, epsilon=0.1, tau=0.9).plan()
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(attention), both(attention), strict=True):
+        assert torch.allclose(got, want)
+
+
+def test_overflow_is_not_hidden():
+    frame_index, positions = token_grid(2, 2, 2)
+    inputs = (*token_problem(1, 2, 3, 9, dtype=torch.float32), frame_index, positions)
+    for backend in BACKENDS:
+        assert transport_attention(*inputs, epsilon=1e-42, backend=backend).isnan().all()
+
+
 def test_thread_count_does_not_change_a_bit():
     frame_index, positions = token_grid(3, 4, 4)
     query, key, attention = token_problem(3, 4, 6, 49, dtype=torch.float32)

@@ -6,7 +6,6 @@
 #include <mutex>
 #include <new>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -94,8 +93,8 @@ template <class Work> void spread(int64_t count, int threads, size_t scratch_byt
   std::vector<std::thread> helpers;
   try {
     for (int64_t t = 1; t < threads && t < count; ++t) helpers.emplace_back(run);
-  } catch (const std::system_error&) {
-    // The system gives no more threads: those that started, and this one, do the work.
+  } catch (const std::exception&) {
+    // The system gives no more threads or memory: those that started, and this one, do the work.
   }
   run();
   for (std::thread& helper : helpers) helper.join();

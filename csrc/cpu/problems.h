@@ -89,20 +89,24 @@ template <class T> void sinkhorn_one(const SinkhornTask<T>& task, int64_t p, cha
     range.see(source, m);
     put_row(s, i, source);
   }
-  const bool sound = range.finite && total_a - total_a == 0 && total_b - total_b == 0;
-  const T nan = T(__builtin_nan(""));
-  if (!sound) {
-    for (int64_t i = 0; i < n; ++i) f[rows[i]] = nan;
-    for (int64_t j = 0; j < m; ++j) g[cols[j]] = nan;
-    task.residual[p] = nan;
-    return;
-  }
   s.begin(task.epsilon[p], task.tau_a, task.tau_b, task.mass ? task.mass[p] : 0.0, task.mass != nullptr);
   if (task.f_init)
     for (int64_t i = 0; i < n; ++i) s.f[i] = task.f_init[p * N + rows[i]];
   if (task.g_init)
     for (int64_t j = 0; j < m; ++j) s.g[j] = task.g_init[p * M + cols[j]];
-  s.solve(double(range.low), double(range.high), task.max_iters, task.tol, task.f_init != nullptr, task.g_init != nullptr);
+  bool sound = range.finite && finite(total_a) && finite(total_b);
+  for (int64_t i = 0; i < n; ++i) sound = sound && finite(s.f[i]);
+  for (int64_t j = 0; j < m; ++j) sound = sound && finite(s.g[j]);
+  if (sound)
+    s.solve(double(range.low), double(range.high), task.max_iters, task.tol, task.f_init != nullptr, task.g_init != nullptr);
+  task.n_iters[p] = int32_t(s.iterations);
+  if (!sound || !s.sound) {  // say so instead of returning numbers
+    const T nan = T(__builtin_nan(""));
+    for (int64_t i = 0; i < n; ++i) f[rows[i]] = nan;
+    for (int64_t j = 0; j < m; ++j) g[cols[j]] = nan;
+    task.residual[p] = nan;
+    return;
+  }
 
   double shift = 0;
   if (!s.exact_mass && s.tau_a == 1.0 && s.tau_b == 1.0) {
@@ -114,7 +118,6 @@ template <class T> void sinkhorn_one(const SinkhornTask<T>& task, int64_t p, cha
   }
   for (int64_t i = 0; i < n; ++i) f[rows[i]] = T(s.row_potential(i) - shift);
   for (int64_t j = 0; j < m; ++j) g[cols[j]] = T(s.col_potential(j) + shift);
-  task.n_iters[p] = int32_t(s.iterations);
   task.residual[p] = T(s.residual);
 }
 
@@ -195,19 +198,19 @@ template <class T> void attention_one(const AttentionTask<T>& task, int64_t head
     range.see(row, M);
     put_row(s, i, row);
   }
-  if (!range.finite) {
+  const T span = range.high - range.low, divisor = span > T(1e-6) ? span : T(1e-6);
+  for (int64_t k = 0; k < n * s.mp; ++k) s.C[k] = (s.C[k] - range.low) / divisor;  // padding stays inf
+  const bool with_mass = task.mass > 0;
+  s.begin(task.epsilon, with_mass ? 1.0 : task.tau, with_mass ? 1.0 : task.tau, task.mass, with_mass);
+  if (range.finite) s.solve(0.0, double(span / divisor), task.max_iters, task.tol, false, false);
+  if (!range.finite || !s.sound) {
     for (int64_t i = 0; i < n; ++i) {
       fill(task.refined + (head * N + rows[i]) * M, M, T(__builtin_nan("")));
       if (task.plan) fill(task.plan + (head * N + rows[i]) * M, M, T(__builtin_nan("")));
     }
     return;
   }
-  const T span = range.high - range.low, divisor = span > T(1e-6) ? span : T(1e-6);
-  for (int64_t k = 0; k < n * s.mp; ++k) s.C[k] = (s.C[k] - range.low) / divisor;  // padding stays inf
-  const bool with_mass = task.mass > 0;
-  s.begin(task.epsilon, with_mass ? 1.0 : task.tau, with_mass ? 1.0 : task.tau, task.mass, with_mass);
-  s.solve(0.0, double(span / divisor), task.max_iters, task.tol, false, false);
-  if (!s.kernel_ready) s.absorb();
+  s.prepare_rows();
 
   // softmax(log(A + c) + log(P + c)) = (A + c)(P + c) / sum (A + c)(P + c): no exponential is left.
   const T floor = T(1e-6);

@@ -12,6 +12,7 @@
 namespace {
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+template <class T> inline bool finite(T x) { return x - x == 0; }
 inline double exp_of(double x) { return __builtin_exp(x); }
 inline double log_of(double x) { return __builtin_log(x); }
 
@@ -19,7 +20,7 @@ struct Arena {  // hands out aligned pieces of the scratch memory; with base nul
   char* base;
   size_t used = 0;
   template <class T> T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(base + used);
+    T* piece = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + used);  // integers: base may be null
     used += size_t(round_up(count * int64_t(sizeof(T)), 64));
     return piece;
   }
@@ -43,6 +44,7 @@ template <class T> struct Solver {
   T eps, inv_eps;
   double tau_a, tau_b, mass, level;  // level: multiplier of the mass, in cost units
   bool exact_mass, kernel_ready;  // kernel_ready: K, ua, vb and row_sum fit the final potentials
+  bool sound;                     // false: T cannot hold what was met on the way, the result is no solution
   int iterations;
   double residual;
 
@@ -62,6 +64,7 @@ template <class T> struct Solver {
   void begin(double epsilon, double damp_a, double damp_b, double total, bool with_mass) {
     eps = T(epsilon), inv_eps = T(1.0 / epsilon), tau_a = damp_a, tau_b = damp_b, mass = total, exact_mass = with_mass;
     level = 0, iterations = 0, residual = __builtin_inf();
+    sound = finite(eps) && finite(inv_eps);
     side(a, la, pad_a, f, lu, ca, n, np);
     side(b, lb, pad_b, g, lv, cb, m, mp);
   }
@@ -231,6 +234,7 @@ template <class T> struct Solver {
       const double change = double(after > before ? after - before : before - after) * double(inv_eps);
       moved = change > moved ? change : moved;
       pot[i] = after, ls[i] = 0;
+      sound = sound && finite(after);
     }
     return moved;
   }
@@ -243,6 +247,7 @@ template <class T> struct Solver {
   // the level to where the next, perhaps far, row fills up.
   double saturate(const T* w, double* cap, int64_t count) {
     const double slack = sizeof(T) == 4 ? 1e-6 : 1e-11;
+    for (int64_t i = 0; i < count; ++i) sound = sound && finite(soft[i]);
     double x = level / double(eps);
     for (int attempt = 0; attempt < 200; ++attempt) {
       double full = 0, open = 0;
@@ -352,7 +357,8 @@ template <class T> struct Solver {
       } else {
         residual = damped_iteration(scaled, failures, log_left);
       }
-      if (residual < tol) break;
+      residual = double(T(residual));  // what the caller sees is what is compared
+      if (residual < tol || !sound) break;
     }
     if (exact_mass) {
       for (int64_t i = 0; i < n; ++i) f[i] = T(cap_f[i] + level / 2), lu[i] = 0;
@@ -360,6 +366,8 @@ template <class T> struct Solver {
       scaled = false;
     }
     kernel_ready = scaled;
+    for (int64_t i = 0; i < n; ++i) sound = sound && finite(T(row_potential(i)));
+    for (int64_t j = 0; j < m; ++j) sound = sound && finite(T(col_potential(j)));
   }
   // One iteration f, then g. After steps that the scaling domain cannot represent, log-domain iterations take over for
   // a while: twice as many after each failure, up to 64.
@@ -411,6 +419,22 @@ template <class T> struct Solver {
       for (int64_t j = 0; j < m; ++j) g[j] = T(cap_g[j]);
     }
     for (int64_t i = 0; i < n; ++i) f[i] = T(cap_f[i] + level);
+  }
+
+  // Make K fit for plan rows scaled to sum 1, in which f cancels: where a row has left the range (strong damping), f of
+  // an undamped half step takes its place and what is missing goes into ua.
+  void prepare_rows() {
+    if (!kernel_ready) absorb();
+    bool in_range = true;
+    for (int64_t i = 0; i < n; ++i) in_range = in_range && row_sum[i] >= R::SUM_LOW && row_sum[i] <= R::SUM_HIGH;
+    if (in_range) return;
+    log_rows();
+    for (int64_t i = 0; i < n; ++i) {
+      cap_f[i] = row_potential(i) * double(inv_eps) + soft[i];
+      f[i] = T(-double(eps) * soft[i]), lu[i] = 0;
+    }
+    absorb();
+    for (int64_t i = 0; i < n; ++i) ua[i] = a[i] * T(exp_of(cap_f[i]));
   }
 
   double row_potential(int64_t i) const { return double(f[i]) + double(eps) * double(lu[i]); }

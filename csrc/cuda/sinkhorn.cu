@@ -27,12 +27,14 @@ __global__ void __launch_bounds__(THREADS) sinkhorn_kernel(SinkhornTask<T> task,
   const T tau_a = T(task.tau_a), tau_b = T(task.tau_b);
 
   T sum_a = 0, sum_b = 0;
+  bool sound = true;
   for (int64_t i = threadIdx.x; i < N; i += THREADS) {
     const bool real = !rows || rows[i];
     const T w = real ? a[i] : T(0);
     sum_a += w;
     log_a[i] = w > T(0) ? log(w) : T(-INFINITY);
     f[i] = real && task.f_init ? task.f_init[p * N + i] : T(0);
+    sound = sound && isfinite(f[i]);
   }
   for (int64_t j = threadIdx.x; j < M; j += THREADS) {
     const bool real = !cols || cols[j];
@@ -40,6 +42,7 @@ __global__ void __launch_bounds__(THREADS) sinkhorn_kernel(SinkhornTask<T> task,
     sum_b += w;
     log_b[j] = w > T(0) ? log(w) : T(-INFINITY);
     g[j] = real && task.g_init ? task.g_init[p * M + j] : T(0);
+    sound = sound && isfinite(g[j]);
   }
   sum_a = block_reduce<T, false>(sum_a, shared);
   sum_b = block_reduce<T, false>(sum_b, shared);
@@ -49,15 +52,15 @@ __global__ void __launch_bounds__(THREADS) sinkhorn_kernel(SinkhornTask<T> task,
     if (threadIdx.x == 0) task.n_iters[p] = 0, task.residual[p] = 0;
     return;
   }
-  bool sound = sum_a - sum_a == T(0) && sum_b - sum_b == T(0);
+  sound = sound && isfinite(sum_a) && isfinite(sum_b);
   for (int64_t k = threadIdx.x; k < N * M; k += THREADS)
-    if ((!rows || rows[k / M]) && (!cols || cols[k % M])) sound = sound && cost[k] - cost[k] == T(0);
-  if (!__syncthreads_and(sound)) {  // an inf or a NaN: say so instead of returning numbers
+    if ((!rows || rows[k / M]) && (!cols || cols[k % M])) sound = sound && isfinite(cost[k]);
+  const auto give_up = [&](int iterations) {  // an inf or a NaN: say so instead of returning numbers
     for (int64_t i = threadIdx.x; i < N; i += THREADS) f[i] = !rows || rows[i] ? T(NAN) : T(0);
     for (int64_t j = threadIdx.x; j < M; j += THREADS) g[j] = !cols || cols[j] ? T(NAN) : T(0);
-    if (threadIdx.x == 0) task.n_iters[p] = 0, task.residual[p] = T(NAN);
-    return;
-  }
+    if (threadIdx.x == 0) task.n_iters[p] = iterations, task.residual[p] = T(NAN);
+  };
+  if (!__syncthreads_and(sound)) return give_up(0);
 
   T residual = T(INFINITY);
   int iteration = 0;
@@ -94,6 +97,11 @@ __global__ void __launch_bounds__(THREADS) sinkhorn_kernel(SinkhornTask<T> task,
     residual = moved * inv_eps;
     if (residual < T(task.tol)) break;  // the same value in every thread
   }
+
+  // The maximum above passes over NaN, so what overflowed on the way is found here.
+  for (int64_t i = threadIdx.x; i < N; i += THREADS) sound = sound && isfinite(f[i]);
+  for (int64_t j = threadIdx.x; j < M; j += THREADS) sound = sound && isfinite(g[j]);
+  if (!__syncthreads_and(sound)) return give_up(iteration);
 
   if (task.tau_a == 1.0 && task.tau_b == 1.0) {  // choose sum a f = sum b g among the equivalent potentials
     T gap = 0;

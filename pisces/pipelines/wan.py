@@ -295,7 +295,13 @@ class WanAdapter:
         # A copy: the pipeline's own scheduler keeps its state.
         scheduler = copy.deepcopy(self.pipe.scheduler)
         scheduler.set_timesteps(steps)
-        return scheduler.sigmas.to(device=self.device, dtype=torch.float32)
+        sigmas = scheduler.sigmas.to(device=self.device, dtype=torch.float32)
+        if not sigmas.isfinite().all():
+            # shift_terminal stretches the grid by its last entry, which is 1 where there is one step
+            raise ValueError(
+                f"sigmas: the scheduler has no grid of {steps} step(s), expected finite levels. Use 2 or more."
+            )
+        return sigmas
 
     def velocity(
         self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, *, transformer: nn.Module | None = None

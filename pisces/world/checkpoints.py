@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
+from pisces.pipelines.files import quiet_files, whole_dir, write_defaults
 from pisces.pipelines.wan import WanAdapter
 from pisces.world import CHECKPOINTS
+from pisces.world.dataset import FPS
 from pisces.world.encoder_recipe import train_encoder
 from pisces.world.generator_recipe import BASE, GOOD, GeneratorData, train_generator
 from pisces.world.judge import judge, mean_scores
@@ -72,17 +73,12 @@ def _make_encoder(folder: Path, state: Path, seed: int, log: Log) -> None:
 
 
 def _make_generator(output: Path, state: Path, name: str, data: GeneratorData, seed: int, log: Log) -> None:
-    vae = _load_vae(output)
-    pipe = train_generator(vae, data, state / f"{name}.pt", name=name, seed=seed, log=log)
-    folder = output / name
-    _save_small(pipe, folder)
-    scores = _generator_scores(WanAdapter.from_pretrained(folder))
-    recipe = {
-        "seed": seed,
-        "generator": dataclasses.asdict(data),
-        "vae": {"images": IMAGE_STEPS, "videos": VIDEO_STEPS},
-    }
-    write_json(folder / "scores.json", {"recipe": recipe, **scores})
+    pipe = train_generator(_load_vae(output), data, state / f"{name}.pt", name=name, seed=seed, log=log)
+    with whole_dir(output / name) as folder:
+        _save_small(pipe, folder)
+        scores = _generator_scores(WanAdapter.from_pretrained(folder))
+        training = {"generator": dataclasses.asdict(data), "vae": {"images": IMAGE_STEPS, "videos": VIDEO_STEPS}}
+        write_json(folder / "scores.json", {"recipe": {"seed": seed, **training}, **scores})
     (state / f"{name}.pt").unlink()
     log(f"{name}: {scores}")
 
@@ -103,11 +99,9 @@ def _save_small(pipe: WanPipeline, folder: Path) -> None:
     """Save VAE and transformer as float16: half the size, and the difference is far below a step of 8-bit pixels."""
     pipe.vae.half()
     pipe.transformer.half()
-    shutil.rmtree(folder, ignore_errors=True)
-    pipe.save_pretrained(folder)
-    write_json(
-        folder / "pisces.json", {"n_frames": FRAMES, "height": SIZE, "width": SIZE, "steps": SAMPLER_STEPS, "fps": 8}
-    )
+    with quiet_files():
+        pipe.save_pretrained(folder)
+    write_defaults(folder, {"n_frames": FRAMES, "height": SIZE, "width": SIZE, "steps": SAMPLER_STEPS, "fps": FPS})
 
 
 @torch.no_grad()

@@ -117,7 +117,15 @@ def train_encoder(
     output_dir = Path(output_dir)
     state_path = output_dir / "training.state" if state_file is None else Path(state_file)
     training = _Training(seed, steps)
-    run_steps("encoder", steps=steps, step=training.step, stateful=training.stateful, state_file=state_path, log=log)
+    run_steps(
+        "encoder",
+        steps=steps,
+        step=training.step,
+        stateful=training.stateful,
+        state_file=state_path,
+        settings={"seed": seed},
+        log=log,
+    )
     training.encoder.eval().save_pretrained(output_dir, dtype=torch.float16)
     # scored as it is stored, not as it was in memory
     scores = {"seed": seed, "steps": steps, **encoder_scores(TinyEncoder.from_pretrained(output_dir))}

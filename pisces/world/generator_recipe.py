@@ -7,7 +7,7 @@ captions of which many lie, as web data does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -191,7 +191,8 @@ def train_generator(
         return {"loss": loss.item()}
 
     stateful = {"model": model, "average": average, "muon": muon, "adam": adam}
-    run_steps(name, steps=data.steps, step=step, stateful=stateful, state_file=state_file, log=log)
+    settings = {"seed": seed, **asdict(data)}
+    run_steps(name, steps=data.steps, step=step, stateful=stateful, state_file=state_file, settings=settings, log=log)
     model.load_state_dict(average.module.state_dict())
     model.requires_grad_(False).eval()
     return pipe

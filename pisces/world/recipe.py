@@ -83,6 +83,7 @@ def run_steps(
     step: Callable[[int], Mapping[str, float]],
     stateful: Mapping[str, Any],
     state_file: Path,
+    settings: Mapping[str, float],
     save_every: int = 100,
     log: Log = print,
 ) -> None:
@@ -94,12 +95,22 @@ def run_steps(
         step: does step i and returns what to log; must draw its randomness from `step_generator(seed, i)`.
         stateful: objects with state_dict/load_state_dict that a resumed run needs.
         state_file: where they are kept; written atomically, removed by the caller when the result is safe.
+        settings: what makes this run another one, such as its seed; a state of other settings is refused.
         save_every: steps between two saves, and between two lines of the log.
         log: takes one line.
+
+    Raises:
+        ValueError: the state file is of a run with other settings.
     """
     first = 0
+    identity = {"steps": steps, **settings}
     if state_file.exists():
         saved = torch.load(state_file, weights_only=True)
+        if saved["identity"] != identity:
+            raise ValueError(
+                f"{name}: {state_file} is of a run with {saved['identity']}, expected {identity}. Remove it, or choose "
+                "another output folder."
+            )
         for key, thing in stateful.items():
             thing.load_state_dict(saved[key])
         first = saved["step"]
@@ -112,7 +123,7 @@ def run_steps(
             figures = " ".join(f"{key} {value:.4f}" for key, value in report.items())
             log(f"{name}: step {i + 1}/{steps} {figures} ({pace:.2f} s a step)")
             state = {key: thing.state_dict() for key, thing in stateful.items()}
-            save_atomically(state_file, {"step": i + 1, **state})
+            save_atomically(state_file, {"step": i + 1, "identity": identity, **state})
 
 
 def save_atomically(path: Path, state: object) -> None:

@@ -144,7 +144,7 @@ def train_vae(state_file: Path, *, seed: int = 0, log: Log = print) -> Autoencod
         return {"loss": loss.item()}
 
     stateful = {"vae": vae, "muon": muon, "adam": adam}
-    run_steps("vae", steps=steps, step=step, stateful=stateful, state_file=state_file, log=log)
+    run_steps("vae", steps=steps, step=step, stateful=stateful, state_file=state_file, settings={"seed": seed}, log=log)
     return _with_latent_statistics(vae.eval(), bank[:1024])
 
 
