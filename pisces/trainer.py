@@ -69,12 +69,22 @@ class Trainer:
         ValueError: if nothing in the transformer is trainable.
 
     Example:
-        >>> adapter = load_pipeline("my-wan")  # doctest: +SKIP
-        >>> prepare(adapter, LoraConfig(rank=8, alpha=8.0))  # doctest: +SKIP
-        >>> algorithm = Draft(adapter, rewards, FrozenBase(adapter), steps=4, last_k=1)  # doctest: +SKIP
-        >>> batches = PromptBatches(["a red square moves left"], batch_size=1)  # doctest: +SKIP
-        >>> Trainer(adapter, algorithm, TrainConfig(steps=40), batches=batches).fit()  # doctest: +SKIP
-        PosixPath('runs/pisces/final')
+        >>> import tempfile
+        >>> from pisces.algorithms import Draft, FrozenBase
+        >>> from pisces.batches import PromptBatches
+        >>> from pisces.config import LoraConfig, OptimizerConfig, OutputConfig
+        >>> from pisces.encoders import load_encoder
+        >>> from pisces.rewards import CompositeReward, SemanticReward
+        >>> from pisces.world import checkpoint_path
+        >>> adapter = load_pipeline(checkpoint_path("wan-base"))
+        >>> prepare(adapter, LoraConfig(rank=8, alpha=8.0))
+        >>> parts = {"semantic": SemanticReward(load_encoder(checkpoint_path("encoder")))}
+        >>> algorithm = Draft(adapter, CompositeReward(parts, {"semantic": 1.0}), FrozenBase(adapter), steps=2)
+        >>> batches = PromptBatches(["a red square moves left"], batch_size=1)
+        >>> output = OutputConfig(dir=tempfile.mkdtemp())
+        >>> config = TrainConfig(steps=1, optimizer=OptimizerConfig(lr=1e-4, accumulation=1), output=output)
+        >>> Trainer(adapter, algorithm, config, batches=batches).fit().name
+        'final'
     """
 
     def __init__(

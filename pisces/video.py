@@ -64,8 +64,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         A path in the same folder to write to.
 
     Example:
-        >>> with atomic_path("scores.json") as temporary:  # doctest: +SKIP
+        >>> with atomic_path("/tmp/pisces-scores.json") as temporary:
         ...     temporary.write_text("{}")
+        2
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

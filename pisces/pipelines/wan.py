@@ -45,9 +45,11 @@ class WanAdapter:
         ValueError: if the pipeline is a two-transformer or token-timestep Wan 2.2, or a default has an unknown key.
 
     Example:
-        >>> adapter = WanAdapter.from_pretrained("my-wan")  # doctest: +SKIP
-        >>> latents = adapter.sample(["a red square moves left"], steps=4)  # doctest: +SKIP
-        >>> frames = adapter.decode(latents)  # [1, T, 3, H, W] in [0, 1]  # doctest: +SKIP
+        >>> from pisces.world import checkpoint_path
+        >>> adapter = WanAdapter.from_pretrained(checkpoint_path("wan-good"))
+        >>> latents = adapter.sample(["a red square moves left"], steps=4)
+        >>> adapter.decode(latents).shape
+        torch.Size([1, 9, 3, 32, 32])
     """
 
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")

@@ -62,6 +62,7 @@ def judge(frames: Tensor, scenes: Scenes) -> dict[str, Tensor]:
         ValueError: wrong shape or number of scenes.
 
     Example:
+        >>> from pisces.world.scene import render, sample_scenes
         >>> generator = torch.Generator().manual_seed(0)
         >>> scenes = sample_scenes(8, generator)
         >>> bool(judge(render(scenes, generator), scenes)["semantic"].mean() > 0.98)
