@@ -16,6 +16,7 @@ import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+MIN_SETUPTOOLS = 77
 ROOT = Path(__file__).resolve().parent
 
 
@@ -36,11 +37,16 @@ def tool(name: str) -> list[str]:
     return [shutil.which(name) or name]
 
 
+def setuptools_version() -> int:
+    """Major version of setuptools."""
+    return int(setuptools.__version__.split(".")[0])
+
+
 def missing_requirements() -> list[str]:
     """What the build lacks, in words; empty when it can start."""
     lacks = []
-    if tuple(int(part) for part in setuptools.__version__.split(".")[:1]) < (77,):
-        lacks.append(f"setuptools >= 77 (this is {setuptools.__version__})")
+    if setuptools_version() < MIN_SETUPTOOLS:
+        lacks.append(f"setuptools >= {MIN_SETUPTOOLS} (this is {setuptools.__version__})")
     if importlib.util.find_spec("pybind11") is None:
         lacks.append("pybind11 >= 3.0")
     if version_of([*tool("cmake"), "--version"]) < (3, 24):
@@ -53,18 +59,23 @@ def missing_requirements() -> list[str]:
     return lacks
 
 
+def refuse_without_requirements() -> None:
+    """Stop with a list of what the build lacks."""
+    lacks = missing_requirements()
+    if lacks:
+        tools = "pip install 'setuptools>=77' 'pybind11>=3.0' 'ninja>=1.11' 'cmake>=3.24'"
+        raise SystemExit(
+            "pisces-kernels cannot be built here. Missing: " + "; ".join(lacks) + ".\n"
+            f"Without --no-build-isolation pip brings the Python tools itself; with it, first run: {tools}"
+        )
+
+
 class CMakeBuild(build_ext):
     """Runs CMake in build/ and leaves the extension where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
         """Configure and build the one extension there is."""
-        lacks = missing_requirements()
-        if lacks:
-            tools = "pip install 'setuptools>=77' 'pybind11>=3.0' 'ninja>=1.11' 'cmake>=3.24'"
-            raise SystemExit(
-                "pisces-kernels cannot be built here. Missing: " + "; ".join(lacks) + ".\n"
-                f"Without --no-build-isolation pip brings the Python tools itself; with it, first run: {tools}"
-            )
+        refuse_without_requirements()
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -94,5 +105,9 @@ def _scripts() -> str:
 
     return os.pathsep.join([ninja.BIN_DIR, str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
+
+if setuptools_version() < MIN_SETUPTOOLS:
+    # an older one already fails to read pyproject.toml, with a message that helps nobody
+    refuse_without_requirements()
 
 setup(ext_modules=[Extension("pisces_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -150,19 +149,10 @@ setuptools.__version__ = "65.0.0"
 source = open("setup.py").read()
 scope = {"__name__": "setup", "__file__": "setup.py"}
 exec(compile(source, "setup.py", "exec"), scope)
-print("; ".join(scope["missing_requirements"]()))
 """
     environment = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    for word in ("setuptools >= 77", "pybind11", "cmake >= 3.24", "ninja", "a C++ compiler"):
-        assert word in done.stdout
-
-
-def test_every_example_in_a_docstring_runs():
-    import doctest
-
-    modules = [m for m in sys.modules if m == "pisces_kernels" or m.startswith("pisces_kernels.")]
-    results = [doctest.testmod(sys.modules[m]) for m in modules if importlib.util.find_spec(m) is not None]
-    assert sum(r.attempted for r in results) >= 9
-    assert sum(r.failed for r in results) == 0
+    assert done.returncode != 0
+    for word in ("setuptools >= 77 (this is 65.0.0)", "pybind11", "cmake >= 3.24", "ninja", "a C++ compiler"):
+        assert word in done.stderr
+    assert "first run: pip install" in done.stderr
