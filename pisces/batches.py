@@ -10,25 +10,12 @@ import torch
 from torch import Tensor
 
 from pisces.algorithms.base import Batch
+from pisces.data import CaptionedVideos
 from pisces.pipelines.base import PipelineAdapter
 from pisces.state import step_generator
 
 # Latents of the videos seen last are kept, at most this much in all.
 LATENT_CACHE_BYTES = 2**30
-
-
-class CaptionedVideos(Protocol):
-    """What is used of ``pisces.data.VideoFolder``."""
-
-    captions: list[str]
-
-    def __len__(self) -> int:
-        """Number of videos."""
-        ...
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        """Frames [T, C, H, W] and caption."""
-        ...
 
 
 class Batches(Protocol):

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from pisces.video import (
 )
 
 __all__ = [
+    "CaptionedVideos",
     "VideoFolder",
     "VideoReadError",
     "atomic_path",
@@ -42,6 +43,20 @@ __all__ = [
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 PROMPT_KEYS = ("prompt", "text", "caption")
+
+
+class CaptionedVideos(Protocol):
+    """What training and fitting use of a `VideoFolder`; any object with these will do."""
+
+    captions: list[str]
+
+    def __len__(self) -> int:
+        """Number of videos."""
+        ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        """Frames [T, C, H, W] in [0, 1] and caption."""
+        ...
 
 
 class VideoFolder(torch.utils.data.Dataset[tuple[Tensor, str]]):

@@ -267,6 +267,12 @@ class Trainer:
             CheckpointError: if it is damaged, or the settings, the data or the parameters are others.
         """
         checkpoint = load_checkpoint(path)
+        missing = {"config", "data", "skipped", "random"} - checkpoint.meta.keys()
+        missing |= {"weights", "optimizer", "ema", "random"} - checkpoint.tensors.keys()
+        if missing:
+            raise CheckpointError(
+                f"Trainer: {path} lacks {', '.join(sorted(missing))}. Delete it to go on from the checkpoint before it."
+            )
         self._check_same_run(checkpoint.meta, Path(path))
         weights, ema = checkpoint.tensors["weights"], checkpoint.tensors["ema"]
         shapes = {name: p.shape for name, p in self.parameters.items()}
@@ -322,7 +328,9 @@ class Trainer:
         checkpoints, log = self.output / "checkpoints", self.output / "log.jsonl"
         path = latest_checkpoint(checkpoints) if resume == "auto" else None
         if resume == "never":
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            # By name: the folder is the user's, and may hold other things. One that stays would be resumed from later.
+            for earlier in [*checkpoints.glob("step-*"), *self.output.glob("final")]:
+                shutil.rmtree(earlier)
         elif resume != "auto":
             path = Path(resume)
         if path is not None:

@@ -15,7 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_wan import build_tiny_wan
 from typer.testing import CliRunner, Result
 
@@ -281,6 +281,33 @@ def test_faults_in_fit_ot_map_are_named(shapes: Path, tmp_path: Path) -> None:
 
 
 # sample and train
+
+
+def test_brackets_in_a_prompt_are_no_markup(shapes: Path) -> None:
+    result = run("score", "--video", VideoFolder(shapes).files[0], "--prompt", "[red]square[/bold] :cat:")
+    assert result.exit_code == 0, result.output
+    assert "[red]square[/bold] :cat:" in result.stdout
+
+
+def test_a_lora_or_an_encoder_of_another_kind_is_named(wan: Path, shapes: Path, tmp_path: Path) -> None:
+    name = "transformer.blocks.0.attn1.to_q.lora_{}.weight"
+    save_file({name.format("A"): torch.zeros(4, 7), name.format("B"): torch.zeros(9, 4)}, tmp_path / "l.safetensors")
+    command = ("sample", "--pipeline", wan, "--output", tmp_path / "x", "--prompt", "a")
+    refused(run(*command, "--lora", tmp_path / "l.safetensors"), "l.safetensors", "another model")
+    save_file({"blocks.0.attn1.to_q.lora_A.default.weight": torch.zeros(4, 7)}, tmp_path / "n.safetensors")
+    result = run(*command, "--lora", tmp_path / "n.safetensors")
+    assert result.exit_code == 2
+    assert "holds no LoRA" in result.stderr
+    (tmp_path / "config.json").write_text("[1]")
+    refused(run("score", "--folder", shapes, "--encoder", tmp_path), "model_type")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("fps", ["0", "-3", "nan"])
+def test_a_rate_that_is_none_is_refused(wan: Path, tmp_path: Path, fps: str) -> None:
+    command = ("sample", "--pipeline", wan, "--output", tmp_path / "x", "--prompt", "a", "--fps", fps)
+    refused(run(*command), "--fps")
+    assert not (tmp_path / "x").exists()
 
 
 def test_samples_are_reproducible_and_the_folder_is_a_data_set(wan: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from pisces.world.arms import (
 )
 from pisces.world.calibration import calibrate_judge
 from pisces.world.dataset import write_dataset
-from pisces.world.demo import SMOKE, DemoSize, gain, load_results, run_demo
+from pisces.world.demo import SMOKE, DemoSize, _stopping_pool, gain, load_results, run_demo
 from pisces.world.demo_report import write_report
 from pisces.world.recipe import write_json
 from pisces.world.scene import captions, is_held_out
@@ -151,3 +152,34 @@ def test_the_network_guard_of_child_processes_bites(offline_environment: dict[st
     child = subprocess.run([sys.executable, "-c", code], env=offline_environment, capture_output=True, text=True)
     assert child.returncode != 0
     assert "network access to ('127.0.0.1', 9) during an offline run" in child.stderr
+
+
+def test_an_error_ends_the_pool_without_working_off_its_jobs() -> None:
+    def interrupted() -> None:
+        with _stopping_pool(1) as pool:
+            for _ in range(4):
+                pool.submit(time.sleep, 30)
+            raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - started < 25
+
+
+def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, signal, time\n"
+        "from pisces.world.demo import _stopping_pool\n"
+        "if __name__ == '__main__':\n"
+        "    with _stopping_pool(1) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    worker = int(subprocess.run([sys.executable, script], stdout=subprocess.PIPE, timeout=120, check=False).stdout)
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"worker {worker} outlived its parent")

@@ -106,7 +106,12 @@ def test_files_that_are_no_alignment_are_named(tmp_path: Path) -> None:
         Alignment.load(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
         example("ot").save(tmp_path / "map.pt")
-    for name, content in (("a.pt", {"weight": torch.zeros(2)}), ("b.pt", [1, 2]), ("c.pt", {"T": Surprise()})):
+    for name, content in (
+        ("a.pt", {"weight": torch.zeros(2)}),
+        ("b.pt", [1, 2]),
+        ("c.pt", {"T": Surprise()}),
+        ("e.pt", {"epoch": 1}),
+    ):
         torch.save(content, tmp_path / name)
         with pytest.raises(ValueError, match=name):
             Alignment.load(tmp_path / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,10 @@ def test_errors_name_what_is_missing(adapter: WanAdapter, wan_dir: Path, tmp_pat
         adapter.sample(PROMPTS, guidance_scale=0.5)
     with pytest.raises(ValueError, match="got 0 steps"):
         adapter.sigmas(0)
+    stretched = WanAdapter(build_pipeline(shift_terminal=0.2), defaults=SIZE)
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(ValueError, match="no grid of 1 step"):
+        stretched.sigmas(1)
+    assert not caught
 
 
 def test_a_broken_defaults_file_is_named(tmp_path: Path) -> None:

@@ -169,10 +169,25 @@ def test_steps_after_the_last_checkpoint_are_logged_once(wan_dir: Path, tmp_path
 def test_a_new_start_is_new(wan_dir: Path, tmp_path: Path) -> None:
     first = make(wan_dir, settings(tmp_path, steps=2))
     first.fit()
+    (tmp_path / "checkpoints" / "mine.txt").write_text("the user's")
+    (tmp_path / "final" / "stale").touch()
     again = make(wan_dir, settings(tmp_path, steps=1))
+    again._open("never")
+    assert not (tmp_path / "final").exists()  # of the earlier run: gone before the new one ends
     again.fit(resume="never")
+    assert (tmp_path / "checkpoints" / "mine.txt").is_file()
     assert [line["step"] for line in log_of(again)] == [1]
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [1]
+
+
+def test_a_checkpoint_that_lacks_a_part_is_named(wan_dir: Path, tmp_path: Path) -> None:
+    make(wan_dir, settings(tmp_path, steps=1)).fit()
+    file = tmp_path / "checkpoints/step-00000001/state.json"
+    state = json.loads(file.read_text())
+    del state["config"], state["sha256"]["ema.safetensors"]
+    file.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="step-00000001 lacks config, ema"):
+        make(wan_dir, settings(tmp_path, steps=2)).fit()
 
 
 def test_a_checkpoint_of_another_run_is_refused(wan_dir: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def sample(
         FileNotFoundError: no such pipeline or LoRA.
         ValueError: settings that do not fit.
     """
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"sample: --fps is {fps}, expected a positive number.")
     adapter = load_pipeline(resolve_path(pipeline))
     if lora is not None:
         _load_lora(adapter.pipe, lora)
@@ -110,4 +113,9 @@ def _load_lora(pipe: Any, lora: Path) -> None:
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise ValueError(f"sample: {str(lora)!r} holds several LoRA files ({names}). Give the path of one.")
-    pipe.load_lora_weights(str(files[0].parent), weight_name=files[0].name, local_files_only=True)
+    try:
+        pipe.load_lora_weights(str(files[0].parent), weight_name=files[0].name, local_files_only=True)
+    except RuntimeError as error:  # torch lists every tensor whose shape differs
+        raise ValueError(f"sample: the LoRA {str(files[0])!r} is of another model than this pipeline.") from error
+    if not getattr(pipe.transformer, "peft_config", None):  # diffusers only warns, and the samples would be the base's
+        raise ValueError(f"sample: {str(files[0])!r} holds no LoRA for this pipeline's transformer.")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from pisces.config import resolve_path
@@ -157,7 +158,8 @@ def _print(scores: Scores, *, note: str, packaged: bool) -> None:
         table.add_column("match", justify="right", no_wrap=True)
         for row in scores.rows:
             numbers = (f"{row['quality']:+.3f}", f"{row['semantic']:+.3f}", f"{row['match']:.3f}")
-            table.add_row(Path(row["file"]).name, row["prompt"], *numbers)
+            # Text: brackets of a name or a prompt are no markup
+            table.add_row(Text(Path(row["file"]).name), Text(row["prompt"]), *numbers)
         if len(scores.rows) > 1:
             means = [
                 sum(row[key] for row in scores.rows) / len(scores.rows) for key in ("quality", "semantic", "match")

@@ -41,7 +41,8 @@ def load_encoder(path: str | Path) -> TinyEncoder:
             f"load_encoder: {path} has no config.json, expected an encoder directory. "
             "The packaged one is at pisces.world.checkpoint_path('encoder')."
         )
-    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in _KINDS:
         raise ValueError(f"load_encoder: {path}/config.json has model_type {kind!r}, expected one of {sorted(_KINDS)}.")
     return _KINDS[kind].from_pretrained(path)

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pisces.video import atomic_path
+
 Kind = Literal["none", "mean_shift", "center", "ot", "center_ot"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _FORMAT = "pisces-alignment-1"
@@ -173,11 +175,11 @@ class Alignment(nn.Module):
         path = Path(path)
         if path.suffix != ".safetensors":
             raise ValueError(f"Alignment.save: got {path.name}, expected a name that ends in .safetensors.")
-        path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"format": _FORMAT, "kind": self.kind, "info": json.dumps(self.info)}
         # a file without any tensor has no header to read the kind from, so "none" gets a flag
         state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        save_file(state or {"identity": torch.ones(1)}, path, metadata=metadata)
+        with atomic_path(path) as temporary:
+            save_file(state or {"identity": torch.ones(1)}, temporary, metadata=metadata)
         return path
 
     @classmethod
@@ -222,8 +224,11 @@ class Alignment(nn.Module):
             raise ValueError(f"Alignment.load: {path} is no torch file of tensors: {error}") from error
         if isinstance(state, Mapping) and isinstance(state.get("T"), Mapping):
             state = state["T"]
-        if not isinstance(state, Mapping):
-            raise ValueError(f"Alignment.load: {path} holds a {type(state).__name__}, expected named tensors.")
+        named = isinstance(state, Mapping) and all(isinstance(k, str) for k in state)
+        if not named or not all(isinstance(v, Tensor) for v in state.values()):
+            raise ValueError(
+                f"Alignment.load: {path} holds a {type(state).__name__} of other things, expected named tensors."
+            )
         network = NeuralOTMap.from_state_dict({k: v.float() for k, v in state.items()}, source=str(path))
         return cls("ot", network=network, info={"source": path.name})
 

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pisces.data import CaptionedVideos
 from pisces.encoders import VideoTextEncoder
-
-
-class CaptionedVideos(Protocol):
-    """What is used of `pisces.data.VideoFolder`."""
-
-    captions: list[str]
-
-    def __len__(self) -> int:
-        """Number of videos."""
-        ...
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        """Frames [T, C, H, W] in [0, 1] and caption."""
-        ...
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -296,7 +297,8 @@ class WanAdapter:
             raise ValueError(f"sigmas: got {steps} steps, expected at least 1.")
         # A copy: the pipeline's own scheduler keeps its state.
         scheduler = copy.deepcopy(self.pipe.scheduler)
-        scheduler.set_timesteps(steps)
+        with np.errstate(divide="ignore", invalid="ignore"):  # what comes of it is refused below
+            scheduler.set_timesteps(steps)
         sigmas = scheduler.sigmas.to(device=self.device, dtype=torch.float32)
         if not sigmas.isfinite().all():
             # shift_terminal stretches the grid by its last entry, which is 1 where there is one step

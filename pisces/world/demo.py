@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +87,7 @@ def run_demo(output: str | Path, *, full: bool = False, smoke: bool = False, see
 
     Args:
         output: the folder that receives everything; made if missing.
-        full: every arm and three seeds, instead of three arms and one seed.
+        full: every arm and three seeds, instead of four arms and one seed.
         smoke: two arms, fewer steps and captions: what CI runs.
         seeds: number of seeds, if not 1 (or 3 with `full`).
 
@@ -203,9 +206,8 @@ def _train_and_judge(
     }
     done: dict[tuple[str, int], dict[str, Any]] = {}
     workers = min(len(jobs), os.cpu_count() or 1)
-    # spawn: torch's threads do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {key: pool.submit(run_arm, config, size.judged, SHOWN) for key, config in jobs.items()}
+    with _stopping_pool(workers) as pool:
+        futures = {key: pool.submit(_run_arm, config, size.judged, SHOWN) for key, config in jobs.items()}
         of_base = judge_generator(base, size.judged, SHOWN)
         with tqdm(total=sum(config["steps"] for config in jobs.values()), unit="step", disable=None) as bar:
             while len(done) < len(futures):
@@ -222,6 +224,43 @@ def _train_and_judge(
         results[arm.name] = {"steps": steps[arm.name], "scores": [result["scores"] for result in of_seeds]}
         shown[arm.name] = of_seeds[0]["shown"]
     return results, shown
+
+
+@contextmanager
+def _stopping_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool that an error or Ctrl-C ends at once; a plain one would first work off every job that is waiting."""
+    others = set(active_children())
+    # spawn: torch's threads do not survive a fork
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(active_children()) - others:
+            worker.terminate()  # SIGTERM: a training run finishes its step and writes a checkpoint
+        raise
+    finally:
+        pool.shutdown(wait=True)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the demo's process is gone, killed perhaps: nobody else would."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run_arm(config: dict[str, Any], n_judged: int, n_shown: int) -> dict[str, Any]:
+    """`run_arm` in a worker, which a signal ends: the pool would give it the next job."""
+    try:
+        return run_arm(config, n_judged, n_shown)
+    except (KeyboardInterrupt, SystemExit):
+        os._exit(1)
 
 
 def _logged_steps(paths: DemoPaths) -> int:

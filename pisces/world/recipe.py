@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pisces.video import atomic_path
+
 Log = Callable[[str], None]
 
 
@@ -135,5 +137,6 @@ def save_atomically(path: Path, state: object) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Readable JSON with a final newline."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    """Readable JSON with a final newline, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
