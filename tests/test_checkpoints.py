@@ -20,6 +20,11 @@ def test_all_checkpoints_together_are_below_12_megabytes() -> None:
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja"}
 
 
+def test_no_checkpoint_names_a_path_of_the_machine_that_made_it() -> None:
+    for file in CHECKPOINTS.rglob("*.json"):
+        assert '"/' not in file.read_text(), file
+
+
 @pytest.mark.parametrize("name", ["wan-base", "wan-good"])
 def test_generators_are_plain_diffusers_directories(name: str) -> None:
     pipe = DiffusionPipeline.from_pretrained(checkpoint_path(name), local_files_only=True)

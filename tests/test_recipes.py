@@ -174,6 +174,7 @@ def test_all_stages_make_a_loadable_folder_and_are_then_skipped(
         assert adapter.sample(["a red square moves left"], steps=2).isfinite().all()
         scores = json.loads((tmp_path / name / "scores.json").read_text())
         assert scores["recipe"]["generator"]["steps"] == 1
+        assert not any(str(tmp_path) in file.read_text() for file in (tmp_path / name).rglob("*.json"))
         assert 0 <= scores["reconstruction"]["total"] <= 1
     lines.clear()
     train_checkpoints(tmp_path, log=lines.append)

@@ -19,7 +19,7 @@ from pisces.world.generator_recipe import BASE, GOOD, GeneratorData, train_gener
 from pisces.world.judge import judge, mean_scores
 from pisces.world.recipe import Log, write_json
 from pisces.world.scene import FRAMES, SIZE, Split, captions, render, sample_scenes
-from pisces.world.vae_recipe import IMAGE_STEPS, VIDEO_STEPS, train_vae
+from pisces.world.vae_recipe import IMAGE_STEPS, VIDEO_STEPS, build_vae, train_vae
 
 STAGES = ("vae", "encoder", "wan-good", "wan-base")
 SAMPLER_STEPS = 12
@@ -86,7 +86,11 @@ def _make_generator(output: Path, state: Path, name: str, data: GeneratorData, s
 def _load_vae(output: Path) -> AutoencoderKLWan:
     for folder in _vae_folders(output):
         if folder.is_dir():
-            return AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).eval()
+            stored = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
+            # a new one: that which was loaded would write its folder's path into every config.json
+            vae = build_vae(list(stored.config.latents_mean), list(stored.config.latents_std))
+            vae.load_state_dict(stored.state_dict())
+            return vae.eval()
     raise FileNotFoundError(f"train_checkpoints: no VAE in {output}. Run the stage 'vae' first.")
 
 
