@@ -23,6 +23,7 @@ template <class T> struct SinkhornTask {
   int64_t problems, rows, cols;
   double tau_a, tau_b, tol;
   int max_iters;
+  bool anderson;  // acceleration
 };
 
 // B samples of H heads: the PISCES cost of N text tokens and M video tokens.
@@ -53,7 +54,7 @@ template <class T> struct AttentionTask {
 // One instruction set's kernels: one problem (or head) each, in caller's scratch memory.
 struct CpuKernels {
   const char* name;
-  size_t (*sinkhorn_scratch)(int64_t rows, int64_t cols, size_t element);
+  size_t (*sinkhorn_scratch)(int64_t rows, int64_t cols, size_t element, bool anderson);
   void (*sinkhorn_f32)(const SinkhornTask<float>&, int64_t problem, char* scratch);
   void (*sinkhorn_f64)(const SinkhornTask<double>&, int64_t problem, char* scratch);
   void (*token_cost_f32)(const CostTask<float>&, int64_t head);

@@ -24,7 +24,7 @@ template <class T> pk::SinkhornTask<T> sinkhorn_task(const py::dict& d) {
   task.problems = d["problems"].cast<int64_t>();
   task.rows = d["rows"].cast<int64_t>(), task.cols = d["cols"].cast<int64_t>();
   task.tau_a = d["tau_a"].cast<double>(), task.tau_b = d["tau_b"].cast<double>(), task.tol = d["tol"].cast<double>();
-  task.max_iters = d["max_iters"].cast<int>();
+  task.max_iters = d["max_iters"].cast<int>(), task.anderson = d["anderson"].cast<bool>();
   return task;
 }
 

@@ -2,7 +2,11 @@
 
 from . import reference
 from ._dispatch import BACKENDS, build_info, why_not
-from ._sinkhorn import SinkhornResult, sinkhorn
+from ._divergence import sinkhorn_divergence
+from ._points import sinkhorn_points
+from ._points_result import PointsResult
+from ._result import SinkhornResult
+from ._sinkhorn import sinkhorn
 from ._token_cost import token_cost
 from ._transport_attention import transport_attention
 
@@ -10,10 +14,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BACKENDS",
+    "PointsResult",
     "SinkhornResult",
     "build_info",
     "reference",
     "sinkhorn",
+    "sinkhorn_divergence",
+    "sinkhorn_points",
     "token_cost",
     "transport_attention",
     "why_not",

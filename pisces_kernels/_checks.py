@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,27 +61,17 @@ def mask(who: str, name: str, value: Tensor | None, shape: Sequence[int], meanin
 
 
 def readable(*tensors: Tensor) -> bool:
-    """True when values may be looked at without stopping a device or breaking a traced graph."""
-    return not torch.compiler.is_compiling() and all(type(t) is Tensor and t.device.type == "cpu" for t in tensors)
+    """True when values may be looked at without stopping a device or breaking a graph or function transform."""
+    return not torch.compiler.is_compiling() and all(
+        type(t) is Tensor and t.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        for t in tensors
+    )
 
 
 def weights(who: str, name: str, value: Tensor) -> None:
     """Raise for negative or non-finite weights; CPU tensors only, others are reported through the residual."""
     if readable(value) and not bool(((value >= 0) & torch.isfinite(value)).all()):
         raise ValueError(f"{who}: {name} has negative or non-finite entries, expected finite weights >= 0.")
-
-
-def full_precision(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a backward formula compute as the forward did, also when it is called inside torch.autocast."""
-
-    @functools.wraps(backward)
-    def run(ctx: Any, grad: Tensor, *others: Tensor) -> Any:
-        if not torch.amp.is_autocast_available(grad.device.type):  # the meta device has none
-            return backward(ctx, grad, *others)
-        with torch.autocast(grad.device.type, enabled=False):
-            return backward(ctx, grad, *others)
-
-    return run
 
 
 def unit_interval(who: str, name: str, value: float) -> float:

@@ -45,6 +45,7 @@ def sinkhorn_task(
     tol: float,
     f_init: Tensor | None,
     g_init: Tensor | None,
+    acceleration: str | None = None,
 ) -> tuple[dict[str, object], tuple[Tensor, Tensor, Tensor, Tensor], list[Tensor | None]]:
     """Describe a batch to the compiled code: (task, results, tensors that must outlive the call)."""
     inputs = {
@@ -68,7 +69,7 @@ def sinkhorn_task(
     task: dict[str, object] = {name: _address(tensor) for name, tensor in inputs.items()}
     task.update(zip(("f", "g", "n_iters", "residual"), (t.data_ptr() for t in results), strict=True))
     task.update(problems=problems, rows=rows, cols=cols)
-    task.update(tau_a=tau_a, tau_b=tau_b, tol=tol, max_iters=max_iters)
+    task.update(tau_a=tau_a, tau_b=tau_b, tol=tol, max_iters=max_iters, anderson=acceleration == "anderson")
     return task, results, list(inputs.values())
 
 

@@ -15,6 +15,10 @@ def sinkhorn(cost: Tensor, *others: Tensor, **options: Any) -> tuple[Tensor, Ten
     """`reference.sinkhorn` in one launch on the current stream; same arguments and results, without exact mass."""
     if options["mass"] is not None:
         raise ValueError("sinkhorn: backend 'cuda' does not solve for an exact mass. Use backend='reference'.")
+    if options["acceleration"] is not None:
+        raise ValueError(
+            "sinkhorn: backend 'cuda' has no acceleration yet. Use acceleration=None, or backend='reference'."
+        )
     task, results, alive = sinkhorn_task(cost, *others, **options)
     module = _dispatch.extension()
     suffix = "f64" if cost.dtype == torch.float64 else "f32"

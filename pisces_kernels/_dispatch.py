@@ -83,8 +83,9 @@ def resolve(
 ) -> str:
     """Choose the back end for tensors on a device.
 
-    Without a wish it is "cpu" on CPU tensors and "reference" elsewhere: the CUDA kernels are compiled but have not been
-    executed on a GPU yet, so they run only when asked for by name. A back end that was asked for never falls back.
+    Without a wish it is "cpu" on CPU tensors if the function has it, and "reference" elsewhere: the CUDA kernels are
+    compiled but have not been executed on a GPU yet, so they run only when asked for by name. A back end that was asked
+    for never falls back.
 
     Args:
         who: name of the calling function.
@@ -99,7 +100,7 @@ def resolve(
         ValueError: the name is unknown, or the back end cannot run on these tensors; the message says why.
     """
     if backend is None:
-        if device.type != "cpu":
+        if device.type != "cpu" or "cpu" not in offered:
             return "reference"
         if why_not("cpu") is not None:
             _warn_slow()

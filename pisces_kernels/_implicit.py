@@ -3,7 +3,9 @@
 With R_ij = softmax_j((g_j - cost_ij)/epsilon + log b_j) and Q_ij = softmax_i((f_i - cost_ij)/epsilon + log a_i) the
 fixed-point equations differentiate to
 
-    df + tau_a R dg = tau_a R (dcost - epsilon dlog b),    dg + tau_b Q^T df = tau_b Q^T (dcost - epsilon dlog a).
+    df + tau_a R dg = tau_a (R (dcost - epsilon dlog b) + (R (g - cost) / epsilon - log-sum-exp) depsilon),
+
+and the same with Q^T for dg, where R acts on dcost row by row.
 
 The transposed system gives the gradient from the gradients of f and g; the longer side is eliminated, which leaves one
 dense system of the shorter side per problem. Exact mass is the same with tau in {0, 1} per entry (0 where the cap on
@@ -68,8 +70,8 @@ def potentials_gradient(
     mass: Tensor | None,
     row_mask: Tensor | None,
     col_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the gradients with respect to cost, a, b and mass, given those with respect to f and g.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients with respect to cost, a, b, epsilon and mass, given those with respect to f and g.
 
     Args:
         grad_f: [P, N].
@@ -87,7 +89,7 @@ def potentials_gradient(
         col_mask: [P, M] bool or None.
 
     Returns:
-        (grad_cost [P, N, M], grad_a [P, N], grad_b [P, M], grad_mass [P] or None).
+        (grad_cost [P, N, M], grad_a [P, N], grad_b [P, M], grad_epsilon [P], grad_mass [P] or None).
     """
     rows = torch.ones_like(a, dtype=torch.bool) if row_mask is None else row_mask
     cols = torch.ones_like(b, dtype=torch.bool) if col_mask is None else col_mask
@@ -160,10 +162,13 @@ def potentials_gradient(
     grad_cost = row_soft * x.unsqueeze(-1) + col_soft * y.unsqueeze(-2)
     grad_b = grad_b - eps * (row_density * x.unsqueeze(-1)).sum(-2)
     grad_a = grad_a - eps * (col_density * y.unsqueeze(-2)).sum(-1)
+    grad_epsilon = (x * ((row_soft * row_exponent).sum(-1) - row_lse.squeeze(-1))).sum(-1)
+    grad_epsilon = grad_epsilon + (y * ((col_soft * col_exponent).sum(-2) - col_lse.squeeze(-2))).sum(-1)
     if omega is not None and plan is not None:
         grad_cost = grad_cost + omega[:, None, None] * plan
-        density = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / eps2
-        density = torch.where(keep, bounded(density, weighted).exp(), 0.0)
+        exponent = bounded((f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / eps2, weighted)
+        density = torch.where(keep, exponent.exp(), 0.0)
+        grad_epsilon = grad_epsilon + omega * (plan * exponent).sum((-2, -1))
         grad_a = grad_a - eps * omega[:, None] * (density * weight_b.unsqueeze(-2)).sum(-1)
         grad_b = grad_b - eps * omega[:, None] * (density * weight_a.unsqueeze(-1)).sum(-2)
-    return grad_cost, grad_a, grad_b, grad_mass
+    return grad_cost, grad_a, grad_b, grad_epsilon, grad_mass

@@ -2,138 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, reference
+from . import _checks, _dispatch, _problem, reference
+from ._autograd import differentiable
 from ._implicit import potentials_gradient
+from ._precision import without_autocast
+from ._result import SinkhornResult
+from ._unrolled import unrolled_gradients
+from ._vmap import fold_into_problems
 
 WHO = "sinkhorn"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SinkhornResult:
-    """Solution of `sinkhorn`: potentials, diagnostics, and everything that follows from them on request.
-
-    Attributes:
-        f: [..., N] row potential in units of the cost; 0 where masked. float32 or float64.
-        g: [..., M] column potential.
-        n_iters: [...] int32, iterations that ran.
-        residual: [...], largest change of f/epsilon or g/epsilon in the last iteration. NaN says that the
-            problem's cost or start has a non-finite entry, or that its potentials overflowed (they are NaN then).
-        converged: [...] bool, residual < tol; with tol = 0: residual == 0. False is a documented answer: max_iters was
-            reached, the problem is infeasible (balanced with unequal masses), or the residual is NaN.
-        cost: [..., N, M], a: [..., N], b: [..., M], epsilon: [...], tau: (tau_a, tau_b), mass: [...] or None, row_mask,
-            col_mask: the problem that was solved.
-    """
-
-    f: Tensor
-    g: Tensor
-    n_iters: Tensor
-    residual: Tensor
-    converged: Tensor
-    cost: Tensor
-    a: Tensor
-    b: Tensor
-    epsilon: Tensor
-    tau: tuple[float, float]
-    mass: Tensor | None
-    row_mask: Tensor | None
-    col_mask: Tensor | None
-
-    def __repr__(self) -> str:
-        return f"SinkhornResult(f={list(self.f.shape)}, g={list(self.g.shape)}, dtype={self.f.dtype}, tau={self.tau})"
-
-    def _keep(self) -> Tensor:
-        """[..., N, M] bool: entries that exist."""
-        keep = torch.ones_like(self.cost, dtype=torch.bool)
-        if self.row_mask is not None:
-            keep = keep & self.row_mask.unsqueeze(-1)
-        if self.col_mask is not None:
-            keep = keep & self.col_mask.unsqueeze(-2)
-        return keep
-
-    def _exponent(self, f: Tensor, g: Tensor, keep: Tensor) -> Tensor:
-        cost = torch.where(keep, self.cost.to(f.dtype), 0.0)
-        exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / self.epsilon.to(f.dtype)[..., None, None]
-        return reference.bounded(exponent, (self.a > 0).unsqueeze(-1) & (self.b > 0).unsqueeze(-2))
-
-    def _dense(self, f: Tensor, g: Tensor) -> Tensor:
-        """exp((f + g - cost) / epsilon) * a * b, 0 where masked. [..., N, M]"""
-        keep = self._keep()
-        dense = self._exponent(f, g, keep).exp() * self.a.unsqueeze(-1) * self.b.unsqueeze(-2)
-        return torch.where(keep, dense, 0.0)
-
-    def log_plan(self) -> Tensor:
-        """Logarithm of the plan, (f + g - cost) / epsilon + log a + log b; -inf where masked or without weight.
-
-        Returns:
-            [..., N, M].
-        """
-        keep = self._keep()
-        logs = reference.log_weights(self.a).unsqueeze(-1) + reference.log_weights(self.b).unsqueeze(-2)
-        return torch.where(keep, self._exponent(self.f, self.g, keep) + logs, -torch.inf)
-
-    def plan(self) -> Tensor:
-        """Transport plan exp((f + g - cost) / epsilon) * a * b; 0 where masked. Differentiable.
-
-        Returns:
-            [..., N, M].
-        """
-        return self._dense(self.f, self.g)
-
-    def marginals(self) -> tuple[Tensor, Tensor]:
-        """Sums of the plan over columns and over rows.
-
-        Returns:
-            ([..., N], [..., M]).
-        """
-        plan = self.plan()
-        return plan.sum(-1), plan.sum(-2)
-
-    @property
-    def transport_cost(self) -> Tensor:
-        """sum(plan * cost), [...]; its gradient goes through the plan."""
-        return (self.plan() * torch.where(self._keep(), self.cost.to(self.f.dtype), 0.0)).sum((-2, -1))
-
-    @property
-    def value(self) -> Tensor:
-        """Optimal value of the problem, [...].
-
-        The objective is
-        sum(plan * cost) + epsilon KL(plan | a b^T) + rho_a KL(plan 1 | a) + rho_b KL(plan^T 1 | b)
-        with KL(p | q) = sum(p log(p/q) - p + q) and rho = epsilon tau / (1 - tau); a side with tau = 1, and both
-        sides with an exact mass, are constrained instead. It is computed from the potentials (the dual).
-
-        Gradient: with respect to cost, a, b and mass by the envelope theorem (for cost it is the plan); exact at
-        convergence, first derivatives only.
-        """
-        f, g = self.f.detach(), self.g.detach()
-        eps = self.epsilon.to(f.dtype)
-        result = eps * (self.a.sum(-1) * self.b.sum(-1) - self._dense(f, g).sum((-2, -1)))
-        if self.mass is not None:
-            top_f, top_g = self._top(f, self.row_mask), self._top(g, self.col_mask)
-            f, g = f - top_f.unsqueeze(-1), g - top_g.unsqueeze(-1)
-            result = result + self.mass * (top_f + top_g)
-        for weight, potential, tau in ((self.a, f, self.tau[0]), (self.b, g, self.tau[1])):
-            if tau == 1.0 or self.mass is not None:
-                gain = potential
-            else:
-                rho = (eps * tau / (1.0 - tau)).unsqueeze(-1)
-                gain = -rho * torch.expm1(-potential / rho)
-            result = result + (weight * gain).sum(-1)
-        return result
-
-    @staticmethod
-    def _top(potential: Tensor, mask: Tensor | None) -> Tensor:
-        """Largest potential of the entries that exist; 0 when there are none. [...]"""
-        if mask is not None:
-            potential = torch.where(mask, potential, -torch.inf)
-        top = potential.amax(-1)
-        return torch.where(torch.isneginf(top), 0.0, top)
+GRADIENTS = ("implicit", "unrolled", "none")
 
 
 def sinkhorn(
@@ -148,6 +31,7 @@ def sinkhorn(
     col_mask: Tensor | None = None,
     max_iters: int = 200,
     tol: float = 1e-3,
+    acceleration: str | None = None,
     f_init: Tensor | None = None,
     g_init: Tensor | None = None,
     gradient: str = "implicit",
@@ -173,9 +57,13 @@ def sinkhorn(
         max_iters: most iterations, >= 1.
         tol: a problem has converged when its residual is smaller; 0 runs all iterations. In float32 the residual
             cannot fall below about 1e-7 * max|cost| / epsilon.
+        acceleration: None, or "anderson": extrapolates the row potential from the last five iterations and falls back
+            to plain ones where that does not help. It pays where plain iterations converge slowly: small epsilon, tau
+            near 1. The answer is the same; `residual` is still that of a plain iteration, and the last one is plain.
         f_init: [..., N], potentials to start from (with `f_init` alone the iteration starts with g).
         g_init: [..., M].
-        gradient: "implicit" (exact at the fixed point) or "none".
+        gradient: how the potentials are differentiated: "implicit" (at the fixed point: exact when converged),
+            "unrolled" (through the iterations that ran: exact whenever they stopped) or "none" (they are constants).
         backend: None (the best that can run), "reference", "cpu" or "cuda". The CUDA kernel is compiled, not yet
             executed on a GPU, and therefore never chosen unless it is named.
 
@@ -184,8 +72,12 @@ def sinkhorn(
         is split evenly, max f = max g. A problem without weight on one side gives zeros, n_iters 0 and converged.
 
     Gradient:
-        f, g and the plan with respect to cost, a, b and mass by differentiating the fixed-point equations (one N x N or
-        M x M solve, whichever is smaller); saved: the inputs, f and g. Not with respect to epsilon.
+        f, g and the plan with respect to cost, a, b, epsilon and mass. "implicit" differentiates the fixed-point
+        equations: one N x N or M x M solve in float64, whichever is smaller; saved: the inputs, f and g. "unrolled"
+        recomputes the iterations by log-sum-exp and goes back through them, f_init and g_init included; saved: the
+        inputs; memory in the backward pass: iterations * (N + M) and a few N x M per problem. `value` has the
+        envelope theorem's gradient (see there). Second derivatives are right for all of them; with "unrolled" they keep
+        a graph of the recomputed iterations. torch.func.grad, vjp and vmap work; forward mode (jvp) raises.
 
     Raises:
         TypeError: a tensor is missing or has the wrong kind of dtype.
@@ -204,120 +96,54 @@ def sinkhorn(
     cost = _checks.floating(WHO, "cost", cost)
     if cost.ndim < 2:
         raise ValueError(f"{WHO}: cost has shape {tuple(cost.shape)}, expected [..., N, M].")
-    *batch, n_rows, n_cols = cost.shape
-    if n_rows == 0 or n_cols == 0:
+    if cost.shape[-2] == 0 or cost.shape[-1] == 0:
         raise ValueError(
             f"{WHO}: cost has shape {tuple(cost.shape)}, expected N >= 1 and M >= 1. Mask rows out instead."
         )
-    for name, value in (("a", a), ("b", b), ("f_init", f_init), ("g_init", g_init)):
-        if value is not None:
-            _checks.floating(WHO, name, value)
-    _checks.same_device(WHO, cost, a=a, b=b, row_mask=row_mask, col_mask=col_mask, f_init=f_init, g_init=g_init)
-    dtype = _checks.working_dtype(cost, a, b)
-    max_iters, tol = _checks.stopping(WHO, max_iters, tol)
-    if gradient not in ("implicit", "none"):
-        raise ValueError(f"{WHO}: gradient is {gradient!r}, expected 'implicit' or 'none'.")
-    taus = tuple(tau) if isinstance(tau, tuple | list) else (tau, tau)
-    if len(taus) != 2:
-        raise ValueError(f"{WHO}: tau has {len(taus)} entries, expected a number or (tau_a, tau_b).")
-    tau_a, tau_b = (_checks.unit_interval(WHO, "tau", t) for t in taus)
-    if mass is not None and (tau_a, tau_b) != (1.0, 1.0):
-        raise ValueError(f"{WHO}: got tau={tau} and mass={mass}, which exclude each other. Pass one of them.")
-    chosen = _dispatch.resolve(WHO, backend, cost.device, _dispatch.BACKENDS)
-
-    n_problems = 1
-    for size in batch:
-        n_problems *= size
-    row_shape, col_shape = (*batch, n_rows), (*batch, n_cols)
-    row_mask = _checks.mask(WHO, "row_mask", row_mask, row_shape, "cost.shape[:-2] + (N,)")
-    col_mask = _checks.mask(WHO, "col_mask", col_mask, col_shape, "cost.shape[:-2] + (M,)")
-    a = _weights("a", a, row_shape, "cost.shape[:-2] + (N,)", row_mask, dtype, cost.device)
-    b = _weights("b", b, col_shape, "cost.shape[:-2] + (M,)", col_mask, dtype, cost.device)
-    eps = _per_problem("epsilon", epsilon, batch, cost.device)
-    total = None if mass is None else _per_problem("mass", mass, batch, cost.device)
-    if eps.requires_grad:
-        raise ValueError(f"{WHO}: epsilon requires grad, which has no gradient here. Pass epsilon.detach().")
-    if total is not None and _checks.readable(a, b, total):
-        room = torch.minimum(a.sum(-1), b.sum(-1)).double()
-        possible = (total > 0) & (total <= room * (1 + 1e-6)) | (room == 0)
-        if not bool(possible.all()):
-            raise ValueError(
-                f"{WHO}: mass is {mass}, expected in (0, {room.min().item():.6g}] = (0, min(sum a, sum b)]."
-            )
-    if f_init is not None:
-        f_init = _checks.broadcast(WHO, "f_init", f_init.to(dtype), row_shape, "cost.shape[:-2] + (N,)")
-    if g_init is not None:
-        g_init = _checks.broadcast(WHO, "g_init", g_init.to(dtype), col_shape, "cost.shape[:-2] + (M,)")
-
-    def flat(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        return tensor.reshape(n_problems, *tensor.shape[len(batch) :])
-
-    inputs = [cost.to(dtype), a, b, total]
-    if gradient == "none":
-        inputs = [t if t is None else t.detach() for t in inputs]
-    f, g, n_iters, residual = _sinkhorn_op(
-        *(flat(t) for t in inputs[:3]),
-        flat(eps),
-        tau_a,
-        tau_b,
-        flat(inputs[3]),
-        flat(row_mask),
-        flat(col_mask),
-        max_iters,
-        tol,
-        None if f_init is None else flat(f_init.detach()),
-        None if g_init is None else flat(g_init.detach()),
-        chosen,
-    )
-    residual = residual.reshape(batch)
-    return SinkhornResult(
-        f=f.reshape(row_shape),
-        g=g.reshape(col_shape),
-        n_iters=n_iters.reshape(batch),
-        residual=residual,
-        converged=residual.double() < tol if tol > 0 else residual == 0,
-        cost=cost,
+    problem = _problem.check(
+        WHO,
+        cost,
+        cost.shape,
+        ("cost.shape[:-2] + (N,)", "cost.shape[:-2] + (M,)"),
+        gradients=GRADIENTS,
         a=a,
         b=b,
-        epsilon=eps,
-        tau=(tau_a, tau_b),
-        mass=None if total is None else total.to(dtype),
+        epsilon=epsilon,
+        tau=tau,
+        mass=mass,
         row_mask=row_mask,
         col_mask=col_mask,
+        max_iters=max_iters,
+        tol=tol,
+        acceleration=acceleration,
+        f_init=f_init,
+        g_init=g_init,
+        gradient=gradient,
     )
-
-
-def _weights(
-    name: str,
-    value: Tensor | None,
-    shape: tuple[int, ...],
-    meaning: str,
-    mask: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """Weights of one side in the working dtype, zero where masked; uniform over what exists by default."""
-    if value is None:
-        if mask is None:
-            return torch.full(shape, 1.0 / shape[-1], dtype=dtype, device=device)
-        return mask.to(dtype) / mask.sum(-1, keepdim=True).clamp_min(1).to(dtype)
-    value = _checks.broadcast(WHO, name, value.to(dtype), shape, meaning)
-    if mask is not None:
-        value = torch.where(mask, value, 0.0)
-    _checks.weights(WHO, name, value)
-    return value
-
-
-def _per_problem(name: str, value: float | Tensor, batch: list[int], device: torch.device) -> Tensor:
-    """One positive float64 number a problem."""
-    if not isinstance(value, Tensor):
-        return torch.full(batch, _checks.positive(WHO, name, value), dtype=torch.float64, device=device)
-    value = _checks.broadcast(WHO, name, value.to(device, torch.float64), batch, "cost.shape[:-2]")
-    if _checks.readable(value) and not bool(((value > 0) & torch.isfinite(value)).all()):
-        raise ValueError(f"{WHO}: {name} has entries <= 0 or non-finite ones, expected finite numbers > 0.")
-    return value
+    chosen = _dispatch.resolve(WHO, backend, cost.device, _dispatch.BACKENDS)
+    flat, held = problem.flat, problem.constant_unless_differentiated
+    with_start = gradient == "unrolled"  # the fixed point does not depend on where the iteration starts
+    f_start, g_start = (
+        start if start is None or with_start else start.detach() for start in (problem.f_init, problem.g_init)
+    )
+    f, g, n_iters, residual = _solve(
+        flat(held(cost.to(problem.dtype))),
+        flat(held(problem.a)),
+        flat(held(problem.b)),
+        flat(held(problem.epsilon)),
+        *problem.tau,
+        flat(held(problem.mass)),
+        flat(problem.row_mask),
+        flat(problem.col_mask),
+        problem.max_iters,
+        problem.tol,
+        acceleration,
+        flat(f_start),
+        flat(g_start),
+        gradient,
+        chosen,
+    )
+    return SinkhornResult(**problem.solution(f, g, n_iters, residual), cost=cost)
 
 
 @torch.library.custom_op("pisces_kernels::sinkhorn", mutates_args=())
@@ -333,8 +159,10 @@ def _sinkhorn_op(
     col_mask: Tensor | None,
     max_iters: int,
     tol: float,
+    acceleration: str | None,
     f_init: Tensor | None,
     g_init: Tensor | None,
+    gradient: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve [P, N, M] problems on one back end: (f, g, n_iters int32, residual)."""
@@ -355,6 +183,7 @@ def _sinkhorn_op(
         col_mask=col_mask,
         max_iters=max_iters,
         tol=tol,
+        acceleration=acceleration,
         f_init=f_init,
         g_init=g_init,
     )
@@ -373,34 +202,42 @@ def _(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, *unused: object) -> t
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cost, a, b, epsilon, tau_a, tau_b, mass, row_mask, col_mask = inputs[:9]
+    cost, a, b, epsilon, tau_a, tau_b, mass, row_mask, col_mask, max_iters, _, _, f_init, g_init, gradient, _ = inputs
     f, g, n_iters, residual = output
     ctx.mark_non_differentiable(n_iters, residual)
-    ctx.save_for_backward(cost, a, b, epsilon, f, g, mass, row_mask, col_mask)
-    ctx.taus = (tau_a, tau_b)
+    ctx.options = (tau_a, tau_b, max_iters, gradient)
+    if gradient == "unrolled":
+        ctx.save_for_backward(cost, a, b, epsilon, mass, row_mask, col_mask, f_init, g_init, n_iters)
+    else:
+        ctx.save_for_backward(cost, a, b, epsilon, mass, row_mask, col_mask, f, g)
 
 
-@_checks.full_precision
+@without_autocast
 def _backward(ctx: Any, grad_f: Tensor, grad_g: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    cost, a, b, epsilon, f, g, mass, row_mask, col_mask = ctx.saved_tensors
-    grad_cost, grad_a, grad_b, grad_mass = potentials_gradient(
-        grad_f,
-        grad_g,
-        cost,
-        a,
-        b,
-        epsilon,
-        f,
-        g,
-        tau_a=ctx.taus[0],
-        tau_b=ctx.taus[1],
-        mass=mass,
-        row_mask=row_mask,
-        col_mask=col_mask,
-    )
-    if grad_mass is not None:
-        grad_mass = grad_mass.to(mass.dtype)
-    return grad_cost, grad_a, grad_b, None, None, None, grad_mass, *([None] * 7)
+    cost, a, b, epsilon, mass, row_mask, col_mask, *rest = ctx.saved_tensors
+    tau_a, tau_b, max_iters, gradient = ctx.options
+    grad_f_init = grad_g_init = None
+    if gradient == "unrolled":
+        f_init, g_init, n_iters = rest
+        *grads, to_mass, to_f, to_g = unrolled_gradients(
+            grad_f, grad_g, cost, a, b, epsilon, mass, f_init, g_init, tau_a, tau_b, row_mask, col_mask, n_iters,
+            max_iters,
+        )  # fmt: skip
+        grad_mass = None if mass is None else to_mass
+        grad_f_init, grad_g_init = None if f_init is None else to_f, None if g_init is None else to_g
+    else:
+        f, g = rest
+        *grads, grad_mass = potentials_gradient(
+            grad_f, grad_g, cost, a, b, epsilon, f, g, tau_a=tau_a, tau_b=tau_b, mass=mass, row_mask=row_mask,
+            col_mask=col_mask,
+        )  # fmt: skip
+        grad_mass = None if grad_mass is None or mass is None else grad_mass.to(mass.dtype)
+    grad_cost, grad_a, grad_b, grad_epsilon = grads
+    return (
+        grad_cost, grad_a, grad_b, grad_epsilon.to(epsilon.dtype), None, None, grad_mass, None, None, None, None, None,
+        grad_f_init, grad_g_init, None, None,
+    )  # fmt: skip
 
 
-_sinkhorn_op.register_autograd(_backward, setup_context=_setup_context)
+fold_into_problems(_sinkhorn_op)
+_solve = differentiable(_sinkhorn_op, _backward, _setup_context)

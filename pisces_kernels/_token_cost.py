@@ -8,14 +8,26 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dispatch, reference
+from ._autograd import differentiable
+from ._precision import full_precision
+from ._vmap import fold_into_problems
 
 WHO = "token_cost"
 
 
 def geometry(
-    who: str, frame_index: Tensor, positions: Tensor, batch: int, n_cols: int, dtype: torch.dtype
+    who: str,
+    frame_index: Tensor,
+    positions: Tensor,
+    batch: int,
+    n_cols: int,
+    dtype: torch.dtype,
+    col_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Check the tokens' geometry and give it a batch dimension: ([B, M], [B, M, 2])."""
+    """Check the tokens' geometry and give it a batch dimension: ([B, M] from 0, [B, M, 2])."""
+    for name, value in (("frame_index", frame_index), ("positions", positions)):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{who}: {name} has dtype {value.dtype}, expected a floating or integer dtype.")
     if frame_index.shape[-1:] != (n_cols,):
         raise ValueError(
             f"{who}: frame_index has shape {tuple(frame_index.shape)}, "
@@ -28,7 +40,11 @@ def geometry(
         )
     frames = _checks.broadcast(who, "frame_index", frame_index, (batch, n_cols), "(B, M)")
     places = _checks.broadcast(who, "positions", positions, (batch, n_cols, 2), "(B, M, 2)")
-    return frames.to(dtype), places.to(dtype)
+    # Only differences count. Taken from the earliest token before the dtype is narrowed, they are right for times of
+    # any origin: float32 separates seconds since 1970 by two minutes.
+    frames = frames.detach().double()
+    exists = frames if col_mask is None else torch.where(col_mask, frames, torch.inf)
+    return (frames - exists.amin(-1, keepdim=True)).to(dtype), places.detach().to(dtype)
 
 
 def features(
@@ -79,8 +95,10 @@ def token_cost(
         text: [B, N, D] floating, features of text tokens (all heads concatenated).
         video: [B, M, D] floating, features of video tokens.
         attention: [B, H, N, M] floating, cross-attention probabilities.
-        frame_index: [M] or [B, M], time of each video token in any unit; a CLS token has -1.
-        positions: [M, 2] or [B, M, 2], place of each video token, in [0, 1]; a CLS token has (-1, -1).
+        frame_index: [M] or [B, M] floating or integer, time of each video token in any unit, from any origin; a CLS
+            token has -1 (one frame before the first).
+        positions: [M, 2] or [B, M, 2] floating or integer, place of each video token, in [0, 1]; a CLS token has
+            (-1, -1). Tokens may lie anywhere: no grid is assumed.
         gamma: weight of time.
         eta: weight of place.
         normalize: min-max scaling.
@@ -89,11 +107,14 @@ def token_cost(
         backend: None (the best that can run), "reference" or "cpu".
 
     Returns:
-        [B, H, N, M] float32 (float64 if an input is float64), 0 where masked.
+        [B, H, N, M] float32 (float64 if text, video or attention is), computed in that dtype also under
+        torch.autocast; 0 where masked, which is everywhere if a mask removes every token of a sample. A NaN or inf in
+        an entry that exists is not hidden: with `normalize` it makes all existing entries of that sample and head NaN.
 
     Gradient:
-        With respect to text, video and attention, through the min-max scaling; saved: the inputs and the cost. Where a
-        distance is 0 its subgradient 0 is taken.
+        With respect to text, video and attention, through the min-max scaling, and once more through that (second
+        derivatives are exact); saved: the inputs and the cost. Where a distance is 0 its subgradient 0 is taken. Not
+        with respect to frame_index and positions. torch.func.grad, vjp and vmap work; forward mode (jvp) raises.
 
     Raises:
         TypeError: an input has the wrong kind of dtype.
@@ -117,12 +138,12 @@ def token_cost(
         col_mask=col_mask,
     )  # fmt: skip
     dtype = _checks.working_dtype(text, video, attention)
-    frames, places = geometry(WHO, frame_index, positions, batch, n_cols, dtype)
     row_mask = _checks.mask(WHO, "row_mask", row_mask, (batch, n_rows), "(B, N)")
     col_mask = _checks.mask(WHO, "col_mask", col_mask, (batch, n_cols), "(B, M)")
+    frames, places = geometry(WHO, frame_index, positions, batch, n_cols, dtype, col_mask)
     gamma, eta = _checks.number(WHO, "gamma", gamma), _checks.number(WHO, "eta", eta)
     chosen = _dispatch.resolve(WHO, backend, text.device)
-    return _token_cost_op(
+    return _token_cost(
         text.to(dtype), video.to(dtype), attention.to(dtype), frames, places, gamma, eta, normalize, row_mask,
         col_mask, chosen,
     )  # fmt: skip
@@ -146,7 +167,7 @@ def _token_cost_op(
     compute: Any = reference.token_cost
     if backend == "cpu":
         from ._cpu import token_cost as compute
-    with torch.autocast(text.device.type, enabled=False):  # the cost is compared with epsilon: no half precision inside
+    with full_precision(text.device):  # the cost is compared with epsilon: no half precision or TF32 inside
         return compute(
             text,
             video,
@@ -181,63 +202,117 @@ def _unit_backward(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     return (grad - unit * (grad * unit).sum(-1, keepdim=True)) / norm
 
 
-@_checks.full_precision
+def _inverse_distance(away_y: Tensor, away_x: Tensor) -> Tensor:
+    """1 / ||away||, and 0 where that is 0: there the subgradient 0 is taken, for the second derivative too."""
+    squared = away_y**2 + away_x**2
+    apart = squared > 0
+    return torch.where(apart, torch.where(apart, squared, 1.0).rsqrt(), 0.0)
+
+
+def _raw_at(
+    index: Tensor, y: Tensor, x: Tensor, means: Tensor, places: Tensor, time_weight: Tensor, place_weight: float
+) -> Tensor:
+    """Cost before the scaling of one entry per sample and head.
+
+    Args:
+        index: [B, H], entry of the flattened N x M matrix.
+        y: [B, N, D], unit text features.
+        x: [B, M, D], unit video features.
+        means: [B, H, N, 3], expected frame and place of the rows.
+        places: [B, M, 3], frame and place of the columns.
+        time_weight: [B, 1].
+        place_weight: of the distance.
+
+    Returns:
+        [B, H].
+    """
+    row, col = (part.unsqueeze(-1) for part in (index // x.shape[1], index % x.shape[1]))  # [B, H, 1]
+    dim = y.shape[-1]
+    cosine = (y.gather(1, row.expand(-1, -1, dim)) * x.gather(1, col.expand(-1, -1, dim))).sum(-1)
+    mean = means.gather(2, row.unsqueeze(-1).expand(-1, -1, 1, 3)).squeeze(2)  # [B, H, 3]
+    time, away_y, away_x = (mean - places.gather(1, col.expand(-1, -1, 3))).unbind(-1)
+    distance = (away_y**2 + away_x**2) * _inverse_distance(away_y, away_x)
+    return 1.0 - cosine + time_weight * time.abs() + place_weight * distance
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    text, video, attention, frame_index, positions, row_mask, col_mask, cost = ctx.saved_tensors
-    gamma, eta, normalize = ctx.options
+    with full_precision(grad.device):
+        return *_gradients(grad, *ctx.saved_tensors, *ctx.options), *([None] * 8)
+
+
+def _gradients(
+    grad: Tensor,
+    text: Tensor,
+    video: Tensor,
+    attention: Tensor,
+    frame_index: Tensor,
+    positions: Tensor,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    cost: Tensor,
+    gamma: float,
+    eta: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of text, video and attention, with few temporaries of the size of the cost.
+
+    The expected frame and place of a row are matrix products with the [M, 3] geometry, and what the scaling needs of
+    the raw cost is its value at the two extremes.
+    """
     rows = torch.ones_like(text[..., 0], dtype=torch.bool) if row_mask is None else row_mask
     cols = torch.ones_like(video[..., 0], dtype=torch.bool) if col_mask is None else col_mask
-    keep = (rows.unsqueeze(-1) & cols.unsqueeze(-2)).unsqueeze(1)  # [B, 1, N, M]
-    grad = torch.where(keep, grad, 0.0)
-    t = torch.where(cols, frame_index, 0.0)[:, None, None, :]  # [B, 1, 1, M]
-    s = torch.where(cols.unsqueeze(-1), positions, 0.0)
-    s_y, s_x = s[:, None, None, :, 0], s[:, None, None, :, 1]
-    attention = torch.where(keep, attention, 0.0)
+    keep: Tensor | None = None  # [B, 1, N, M]
+    if row_mask is not None or col_mask is not None:
+        keep = (rows.unsqueeze(-1) & cols.unsqueeze(-2)).unsqueeze(1)
+        grad, attention = torch.where(keep, grad, 0.0), torch.where(keep, attention, 0.0)
     y, y_norm = _unit(torch.where(rows.unsqueeze(-1), text, 0.0))
     x, x_norm = _unit(torch.where(cols.unsqueeze(-1), video, 0.0))
-
+    places = torch.cat([frame_index.unsqueeze(-1), positions], -1)
+    places = torch.where(cols.unsqueeze(-1), places, 0.0)  # [B, M, 3]
     total = attention.sum(-1, keepdim=True)  # [B, H, N, 1]
-    floored = total < reference.RANGE_FLOOR
-    weights = attention / total.clamp_min(reference.RANGE_FLOOR)
-    mean_t, mean_y, mean_x = ((weights * c).sum(-1, keepdim=True) for c in (t, s_y, s_x))
+    floor = total.clamp_min(reference.RANGE_FLOOR)
+    means = attention @ places.unsqueeze(1) / floor  # [B, H, N, 3]
     t_range = torch.where(cols, frame_index, -torch.inf).amax(-1) - torch.where(cols, frame_index, torch.inf).amin(-1)
-    t_range = torch.where(t_range > 0, t_range, 1.0)[:, None, None, None]
-    away_y, away_x = mean_y - s_y, mean_x - s_x
-    distance = (away_y**2 + away_x**2).sqrt()
+    time_weight = (gamma / torch.where(t_range > 0, t_range, 1.0)).unsqueeze(-1)  # [B, 1]
+    place_weight = eta / 2**0.5
 
     if normalize:
         # cost = (raw - low) / range: the entries at 0 and at 1 also move low and high. Ties share, as in torch.amin.
-        raw = (
-            1.0
-            - (y @ x.transpose(-1, -2)).unsqueeze(1)
-            + gamma * (mean_t - t).abs() / t_range
-            + eta * distance / 2**0.5
+        at_low, at_high, least, most = cost == 0, cost == 1, cost, cost
+        if keep is not None:
+            at_low, at_high = keep & at_low, keep & at_high
+            least, most = torch.where(keep, cost, torch.inf), torch.where(keep, cost, -torch.inf)
+        low, high = (
+            _raw_at(index, y, x, means, places, time_weight, place_weight)[..., None, None]
+            for index in (least.flatten(-2).argmin(-1), most.flatten(-2).argmax(-1))
         )
-        low = torch.where(keep, raw, torch.inf).amin((-2, -1), keepdim=True)
-        high = torch.where(keep, raw, -torch.inf).amax((-2, -1), keepdim=True)
+        del least, most
         span = high - low
         divisor = span.clamp_min(reference.RANGE_FLOOR)
         to_divisor = torch.where(
             span > reference.RANGE_FLOOR, -(grad * cost).sum((-2, -1), keepdim=True) / divisor, 0.0
         )
         to_low = -(grad.sum((-2, -1), keepdim=True) / divisor) - to_divisor
-        at_low, at_high = (keep & (cost == 0)).to(grad.dtype), (keep & (cost == 1)).to(grad.dtype)
-        grad = grad / divisor
-        grad = grad + at_low * to_low / at_low.sum((-2, -1), keepdim=True).clamp_min(1)
-        grad = grad + at_high * to_divisor / at_high.sum((-2, -1), keepdim=True).clamp_min(1)
-
-    to_t = (grad * gamma * torch.sign(mean_t - t) / t_range).sum(-1, keepdim=True)
-    apart = distance > 0
-    radial = torch.where(apart, grad * (eta / 2**0.5) / torch.where(apart, distance, 1.0), 0.0)
-    to_y, to_x = (radial * away_y).sum(-1, keepdim=True), (radial * away_x).sum(-1, keepdim=True)
-    grad_weights = to_t * t + to_y * s_y + to_x * s_x  # [B, H, N, M]
-    mean = torch.where(floored, 0.0, to_t * mean_t + to_y * mean_y + to_x * mean_x)
-    grad_attention = torch.where(keep, (grad_weights - mean) / total.clamp_min(reference.RANGE_FLOOR), 0.0)
+        n_low, n_high = (at.sum((-2, -1), keepdim=True, dtype=torch.int32).clamp_min(1) for at in (at_low, at_high))
+        grad = grad / divisor + at_low * (to_low / n_low) + at_high * (to_divisor / n_high)
 
     to_semantic = -grad.sum(1)  # [B, N, M], summed over the heads
     grad_text = torch.where(rows.unsqueeze(-1), _unit_backward(to_semantic @ x, y, y_norm), 0.0)
     grad_video = torch.where(cols.unsqueeze(-1), _unit_backward(to_semantic.transpose(-1, -2) @ y, x, x_norm), 0.0)
-    return grad_text, grad_video, grad_attention, *([None] * 8)
+
+    t, s_y, s_x = places[:, None, None].unbind(-1)  # [B, 1, 1, M]
+    mean_t, mean_y, mean_x = (mean.unsqueeze(-1) for mean in means.unbind(-1))  # [B, H, N, 1]
+    to_t = (grad * torch.sign(mean_t - t)).sum(-1) * time_weight.unsqueeze(-1)
+    grad = grad * _inverse_distance(mean_y - s_y, mean_x - s_x)
+    to_y = (grad * (mean_y - s_y)).sum(-1) * place_weight
+    to_x = (grad * (mean_x - s_x)).sum(-1) * place_weight
+    to_means = torch.stack([to_t, to_y, to_x], -1)  # [B, H, N, 3]
+    along = torch.where(total < reference.RANGE_FLOOR, 0.0, (to_means * means).sum(-1, keepdim=True))
+    grad_attention = ((to_means / floor) @ places.unsqueeze(1).transpose(-1, -2)).sub(along / floor)
+    if keep is not None:
+        grad_attention = torch.where(keep, grad_attention, 0.0)
+    return grad_text, grad_video, grad_attention
 
 
-_token_cost_op.register_autograd(_backward, setup_context=_setup_context)
+fold_into_problems(_token_cost_op)
+_token_cost = differentiable(_token_cost_op, _backward, _setup_context)

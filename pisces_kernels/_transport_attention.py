@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dispatch, reference
+from ._autograd import differentiable
+from ._precision import full_precision
 from ._sinkhorn import sinkhorn
 from ._token_cost import features, geometry, token_cost
+from ._vmap import fold_into_problems
 
 WHO = "transport_attention"
 
@@ -60,14 +63,17 @@ def transport_attention(
         query: [B, Q, D] floating, features of text tokens (heads concatenated).
         key: [B, M, D] floating, features of video tokens.
         attention: [B, H, Q, M] floating, cross-attention probabilities.
-        frame_index: [M] or [B, M], time of each video token; a CLS token has -1.
-        positions: [M, 2] or [B, M, 2], place of each video token, in [0, 1]; a CLS token has (-1, -1).
+        frame_index: [M] or [B, M] floating or integer, time of each video token in any unit, from any origin; a CLS
+            token has -1 (one frame before the first).
+        positions: [M, 2] or [B, M, 2] floating or integer, place of each video token, in [0, 1]; a CLS token has
+            (-1, -1). Tokens may lie anywhere: no grid is assumed.
         epsilon: entropic regularisation, in units of the cost's range. Default of PISCES: 0.05.
         tau: damping of both marginals, rho / (rho + epsilon). The released code's "m" is this number; default 0.9.
         mass: exact transported mass in (0, 1] (the paper's m); excludes tau, which is then not used.
         row_mask: [B, Q] bool, True for the rows to refine (the lexical tokens). Cost scaling and transport run over
             these rows only; the others come back bit for bit.
-        max_iters: most iterations.
+        max_iters: most iterations. A plan that has not converged by then is used as it is: about 35 iterations reach
+            1e-3 with the defaults. `sinkhorn` on the `token_cost` returns the flags (n_iters, residual, converged).
         tol: stop below this residual.
         gamma: weight of time in the cost.
         eta: weight of place in the cost.
@@ -76,14 +82,19 @@ def transport_attention(
         backend: None (the best that can run), "reference" or "cpu".
 
     Returns:
-        [B, H, Q, M] in the dtype of attention; with return_plan also the plan [B, H, Q, M] (float32 or float64), zero
-        in rows that are not selected.
+        [B, H, Q, M] in the dtype of attention, computed in float32 or float64 also under torch.autocast; with
+        return_plan also the plan [B, H, Q, M] (float32, or float64 if an input is float64), zero in rows that are not
+        selected. A NaN or inf in what a head reads is not hidden: its selected rows are NaN then.
+
+    Memory:
+        On the "cpu" back end one head's cost a thread; never [B, H, Q, M] beyond what is returned.
 
     Gradient:
         With the plan held constant:
-        attention_bar = refined * (refined_bar - sum_j refined * refined_bar) / (attention + 1e-6);
-        saved: attention and the result. With differentiable_plan the composition of the three steps is differentiated,
-        which keeps [B, H, Q, M] intermediates.
+        attention_bar = refined * (refined_bar - sum_j refined * refined_bar) / (attention + 1e-6),
+        which can be differentiated again; saved: attention and the result. With differentiable_plan the composition of
+        the three steps is differentiated (first derivatives), which keeps [B, H, Q, M] intermediates. torch.func.grad,
+        vjp and vmap work; forward mode (jvp) raises.
 
     Raises:
         TypeError: an input has the wrong kind of dtype.
@@ -117,13 +128,12 @@ def transport_attention(
     chosen = _dispatch.resolve(WHO, backend, query.device)
     wide = attention.to(dtype)
     if differentiable_plan:
-        with torch.autocast(query.device.type, enabled=False):
-            refined, plan = _composition(
-                query.to(dtype), key.to(dtype), wide, frames, places, epsilon, tau, mass, row_mask, max_iters, tol,
-                gamma, eta, chosen,
-            )  # fmt: skip
+        refined, plan = _composition(
+            query.to(dtype), key.to(dtype), wide, frames, places, epsilon, tau, mass, row_mask, max_iters, tol, gamma,
+            eta, chosen,
+        )  # fmt: skip
     else:
-        refined, plan = _transport_attention_op(
+        refined, plan = _transport_attention(
             wide, query.detach().to(dtype), key.detach().to(dtype), frames, places, epsilon, tau, mass, row_mask,
             max_iters, tol, gamma, eta, return_plan, chosen,
         )  # fmt: skip
@@ -186,7 +196,7 @@ def _transport_attention_op(
     """Refined attention and plan (empty unless asked for) on one back end."""
     options: dict[str, Any] = {"epsilon": epsilon, "tau": tau, "mass": mass, "row_mask": row_mask}
     options.update(max_iters=max_iters, tol=tol, gamma=gamma, eta=eta)
-    with torch.autocast(query.device.type, enabled=False):  # the cost is compared with epsilon: no half precision
+    with full_precision(query.device):  # the cost is compared with epsilon: no half precision or TF32 inside
         if backend == "cpu":
             from ._cpu import transport_attention as fused
 
@@ -210,11 +220,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
     attention, refined, row_mask = ctx.saved_tensors
-    centred = grad - (refined * grad).sum(-1, keepdim=True)
-    fused = refined * centred / (attention + reference.ATTENTION_FLOOR)
+    slope = refined / (attention + reference.ATTENTION_FLOOR)
+    fused = slope * (grad - (refined * grad).sum(-1, keepdim=True))
     if row_mask is not None:
         fused = torch.where(row_mask[:, None, :, None], fused, grad)
     return fused, *([None] * 14)
 
 
-_transport_attention_op.register_autograd(_backward, setup_context=_setup_context)
+fold_into_problems(_transport_attention_op)
+_transport_attention = differentiable(_transport_attention_op, _backward, _setup_context)

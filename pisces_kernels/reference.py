@@ -9,10 +9,15 @@ functions of the package; here the shapes are taken as given:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-ATTENTION_FLOOR = 1e-6  # added to attention and to plan rows before their logarithms meet (released code of PISCES)
+from ._anderson import Anderson
+
+ATTENTION_FLOOR = 1e-6  # added to attention and to plan rows before their logarithms meet (PISCES; its code clamps)
 RANGE_FLOOR = 1e-6  # smallest divisor of the min-max scaling and of an attention row's sum (released code of PISCES)
 
 
@@ -98,6 +103,181 @@ def saturate(soft: Tensor, weight: Tensor, mass: Tensor, epsilon: Tensor) -> tup
     return potential.to(dtype), level.to(dtype)
 
 
+@dataclass(frozen=True)
+class Alternation:
+    """The iteration of one batch of problems, whatever computes its transforms: f from g, then g from f.
+
+    Attributes:
+        row_transform: [P, M] -> [P, N], g -> -epsilon log sum_j b_j exp((g_j - cost_ij) / epsilon).
+        col_transform: [P, N] -> [P, M], the same for f.
+        a: [P, N], zero where masked.
+        b: [P, M], zero where masked.
+        epsilon: [P, 1] in the dtype of the weights.
+        rows: [P, N] bool, True where the row exists.
+        cols: [P, M] bool.
+        tau_a: rho_a / (rho_a + epsilon) in (0, 1]; 1 keeps the row marginal.
+        tau_b: the same for columns.
+        mass: [P], exact transported mass; the taus are then not used.
+    """
+
+    row_transform: Callable[[Tensor], Tensor]
+    col_transform: Callable[[Tensor], Tensor]
+    a: Tensor
+    b: Tensor
+    epsilon: Tensor
+    rows: Tensor
+    cols: Tensor
+    tau_a: float
+    tau_b: float
+    mass: Tensor | None
+
+    def row_update(self, g: Tensor) -> Tensor:
+        """Row potential (with `mass`: its cap) that is optimal for g. [P, N]"""
+        soft = self.row_transform(g)
+        f = self.tau_a * soft if self.mass is None else saturate(soft, self.a, self.mass.unsqueeze(-1), self.epsilon)[0]
+        return torch.where(self.rows, f, 0.0)
+
+    def col_update(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """Column potential that is optimal for f [P, M], and the multiplier of the mass [P, 1] (else 0)."""
+        soft = self.col_transform(f)
+        if self.mass is None:
+            return torch.where(self.cols, self.tau_b * soft, 0.0), torch.zeros_like(self.epsilon)
+        g, level = saturate(soft, self.b, self.mass.unsqueeze(-1), self.epsilon)
+        return torch.where(self.cols, g, 0.0), level
+
+    def start(self, f_init: Tensor | None, g_init: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(f, g, level) before the first iteration."""
+        f = torch.zeros_like(self.a) if f_init is None else torch.where(self.rows, f_init, 0.0)
+        g = torch.zeros_like(self.b) if g_init is None else torch.where(self.cols, g_init, 0.0)
+        level = torch.zeros_like(self.epsilon)
+        if self.mass is not None:  # the cap is 0, so each given potential's maximum is its half of the level
+            top_f = torch.where(self.rows, f, -torch.inf).amax(-1, keepdim=True).clamp_min(-1e30)
+            top_g = torch.where(self.cols, g, -torch.inf).amax(-1, keepdim=True).clamp_min(-1e30)
+            f, g = torch.where(self.rows, f - top_f, 0.0), torch.where(self.cols, g - top_g, 0.0)
+            level = top_f + top_g
+        if f_init is not None and g_init is None:
+            g, level = self.col_update(f)
+        return f, g, level
+
+    def finish(self, f: Tensor, g: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """Potentials of plan = exp((f + g - cost) / epsilon) * a * b, made unique."""
+        if self.mass is not None:
+            return torch.where(self.rows, f + level / 2, 0.0), torch.where(self.cols, g + level / 2, 0.0)
+        if self.tau_a != 1.0 or self.tau_b != 1.0:
+            return f, g
+        # f + c and g - c are the same plan: choose sum a f = sum b g, which treats rows and columns alike.
+        total = (self.a.sum(-1) + self.b.sum(-1)).clamp_min(torch.finfo(self.a.dtype).tiny)
+        shift = (((self.a * f).sum(-1) - (self.b * g).sum(-1)) / total).unsqueeze(-1)
+        return torch.where(self.rows, f - shift, 0.0), torch.where(self.cols, g + shift, 0.0)
+
+
+def alternate(
+    updates: Alternation,
+    broken: Tensor,
+    *,
+    max_iters: int,
+    tol: float,
+    acceleration: str | None = None,
+    f_init: Tensor | None = None,
+    g_init: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Iterate until each problem's residual is below tol; see `sinkhorn` for the results.
+
+    Args:
+        updates: the problems.
+        broken: [P] bool, True where the input cannot be solved: NaN comes back.
+        max_iters: most iterations.
+        tol: a problem stops when its residual is smaller.
+        acceleration: None, or "anderson" (see `_anderson`).
+        f_init: [P, N], potentials to start from.
+        g_init: [P, M].
+
+    Returns:
+        (f [P, N], g [P, M], n_iters [P] int32, residual [P]).
+    """
+    rows, cols, eps = updates.rows, updates.cols, updates.epsilon
+    empty = (updates.a.sum(-1) <= 0) | (updates.b.sum(-1) <= 0)  # [P]
+    for start, real in ((f_init, rows), (g_init, cols)):
+        if start is not None:
+            broken = broken | (real & ~torch.isfinite(start)).any(-1)
+    broken = broken & ~empty
+    f, g, level = updates.start(f_init, g_init)
+    mixer = None
+    if acceleration == "anderson":
+        # Exact mass first finds out which marginals are full: extrapolation across such a change is worth nothing.
+        exact = updates.mass is not None
+        mixer = Anderson(f, depth=5, first_pause=10 if exact else 1, forgiving=not exact)
+    residual = torch.full_like(eps.squeeze(-1), torch.inf)
+    n_iters = torch.zeros_like(residual, dtype=torch.int32)
+    running = ~(empty | broken)
+    for iteration in range(max_iters):
+        if running.device.type == "cpu" and not bool(running.any()):
+            break  # reading the flag costs nothing on a CPU; elsewhere it would stop the device once an iteration
+        f_new = updates.row_update(g)
+        if mixer is not None and iteration + 1 < max_iters:  # the last iteration is a plain one
+            f_new = mixer.mix(f, f_new, eps, tol)
+            if updates.mass is not None:
+                f_new = f_new.clamp_max(0.0)  # caps
+        g_new, level_new = updates.col_update(f_new)
+        change = torch.cat([f_new - f, g_new - g, level_new - level], dim=-1).detach().abs().amax(-1) / eps.squeeze(-1)
+        if mixer is not None:
+            change = torch.where(mixer.plain, change, torch.inf)
+        keep = running.unsqueeze(-1)
+        f, g, level = torch.where(keep, f_new, f), torch.where(keep, g_new, g), torch.where(keep, level_new, level)
+        residual = torch.where(running, change, residual)
+        n_iters = n_iters + running.int()
+        running = running & ~(change < tol)  # NaN keeps running: it is reported, not hidden
+
+    f, g = updates.finish(f, g, level)
+    blank = empty.unsqueeze(-1)
+    f, g = torch.where(blank, 0.0, f), torch.where(blank, 0.0, g)
+    residual = torch.where(empty, 0.0, residual)
+    broken = broken | ~(torch.isfinite(f).all(-1) & torch.isfinite(g).all(-1))  # overflowed on the way
+    bad = broken.unsqueeze(-1)
+    f, g = torch.where(bad & rows, torch.nan, f), torch.where(bad & cols, torch.nan, g)
+    residual = torch.where(broken, torch.nan, residual)
+    return f, g, n_iters, residual
+
+
+def dense(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: Tensor,
+    *,
+    tau_a: float = 1.0,
+    tau_b: float = 1.0,
+    mass: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    col_mask: Tensor | None = None,
+) -> tuple[Alternation, Tensor]:
+    """Return the iteration of problems whose cost is stored, and [P] bool: which ones hold a non-finite cost."""
+    eps = epsilon.to(cost.dtype).unsqueeze(-1)  # [P, 1]
+    rows = torch.ones_like(a, dtype=torch.bool) if row_mask is None else row_mask
+    cols = torch.ones_like(b, dtype=torch.bool) if col_mask is None else col_mask
+    cost = torch.where(rows.unsqueeze(-1) & cols.unsqueeze(-2), cost, 0.0)
+    weight_a, weight_b = torch.where(rows, a, 0.0), torch.where(cols, b, 0.0)
+    log_a, log_b = log_weights(weight_a), log_weights(weight_b)
+    # A problem without weight is given harmless ones so that no NaN arises; `alternate` returns zeros for it.
+    empty = ((weight_a.sum(-1) <= 0) | (weight_b.sum(-1) <= 0)).unsqueeze(-1)  # [P, 1]
+    log_a, log_b = torch.where(empty, 0.0, log_a), torch.where(empty, 0.0, log_b)
+    broken = ~torch.isfinite(cost).all(-1).all(-1)
+    cost = torch.where(broken[:, None, None], 0.0, cost)
+    updates = Alternation(
+        row_transform=lambda g: soft_minimum(cost, g, log_b, eps),
+        col_transform=lambda f: soft_minimum(cost.transpose(-1, -2), f, log_a, eps),
+        a=weight_a,
+        b=weight_b,
+        epsilon=eps,
+        rows=rows,
+        cols=cols,
+        tau_a=tau_a,
+        tau_b=tau_b,
+        mass=mass,
+    )
+    return updates, broken
+
+
 def sinkhorn(
     cost: Tensor,
     a: Tensor,
@@ -111,6 +291,7 @@ def sinkhorn(
     col_mask: Tensor | None = None,
     max_iters: int = 200,
     tol: float = 1e-3,
+    acceleration: str | None = None,
     f_init: Tensor | None = None,
     g_init: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -132,6 +313,7 @@ def sinkhorn(
         col_mask: [P, M] bool.
         max_iters: most iterations.
         tol: a problem stops when its residual is smaller.
+        acceleration: None, or "anderson".
         f_init: [P, N], potentials to start from.
         g_init: [P, M].
 
@@ -140,75 +322,12 @@ def sinkhorn(
         g/epsilon in the last iteration. Potentials of masked entries are 0. A problem without weight on one
         side gives zeros and residual 0; one with a non-finite cost or start, or whose potentials overflow, gives NaN.
     """
-    n_problems = cost.shape[0]
-    eps = epsilon.to(cost.dtype).unsqueeze(-1)  # [P, 1]
-    rows = torch.ones_like(a, dtype=torch.bool) if row_mask is None else row_mask
-    cols = torch.ones_like(b, dtype=torch.bool) if col_mask is None else col_mask
-    cost = torch.where(rows.unsqueeze(-1) & cols.unsqueeze(-2), cost, 0.0)
-    weight_a = torch.where(rows, a, 0.0)
-    weight_b = torch.where(cols, b, 0.0)
-    log_a, log_b = log_weights(weight_a), log_weights(weight_b)
-    empty = (weight_a.sum(-1) <= 0) | (weight_b.sum(-1) <= 0)  # [P]
-    # An empty problem is given harmless weights so that no NaN arises, and zeros at the end.
-    log_a = torch.where(empty.unsqueeze(-1), 0.0, log_a)
-    log_b = torch.where(empty.unsqueeze(-1), 0.0, log_b)
-    broken = ~torch.isfinite(cost).all(-1).all(-1)
-    for start, real in ((f_init, rows), (g_init, cols)):
-        if start is not None:
-            broken = broken | (real & ~torch.isfinite(start)).any(-1)
-    broken = broken & ~empty
-    cost = torch.where(broken[:, None, None], 0.0, cost)
-    cost_t = cost.transpose(-1, -2)
-
-    def update(matrix: Tensor, other: Tensor, log_w: Tensor, weight: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-        soft = soft_minimum(matrix, other, log_w, eps)
-        if mass is None:
-            return tau * soft, torch.zeros_like(eps)
-        return saturate(soft, weight, mass.unsqueeze(-1), eps)
-
-    f = torch.zeros_like(a) if f_init is None else torch.where(rows, f_init, 0.0)
-    g = torch.zeros_like(b) if g_init is None else torch.where(cols, g_init, 0.0)
-    level = torch.zeros_like(eps)
-    if mass is not None:  # the cap is 0, so each given potential's maximum is its half of the level
-        top_f = torch.where(rows, f, -torch.inf).amax(-1, keepdim=True).clamp_min(-1e30)
-        top_g = torch.where(cols, g, -torch.inf).amax(-1, keepdim=True).clamp_min(-1e30)
-        f, g, level = torch.where(rows, f - top_f, 0.0), torch.where(cols, g - top_g, 0.0), top_f + top_g
-    if f_init is not None and g_init is None:
-        g, level = update(cost_t, f, log_a, weight_b, tau_b)
-        g = torch.where(cols, g, 0.0)
-
-    residual = torch.full_like(epsilon, torch.inf, dtype=cost.dtype)
-    n_iters = torch.zeros(n_problems, dtype=torch.int32, device=cost.device)
-    running = ~(empty | broken)
-    for _ in range(max_iters):
-        if cost.device.type == "cpu" and not bool(running.any()):
-            break  # reading the flag costs nothing on a CPU; elsewhere it would stop the device once an iteration
-        f_new, _ = update(cost, g, log_b, weight_a, tau_a)
-        f_new = torch.where(rows, f_new, 0.0)
-        g_new, level_new = update(cost_t, f_new, log_a, weight_b, tau_b)
-        g_new = torch.where(cols, g_new, 0.0)
-        change = torch.cat([f_new - f, g_new - g, level_new - level], dim=-1).detach().abs().amax(-1) / eps.squeeze(-1)
-        keep = running.unsqueeze(-1)
-        f, g, level = torch.where(keep, f_new, f), torch.where(keep, g_new, g), torch.where(keep, level_new, level)
-        residual = torch.where(running, change, residual)
-        n_iters = n_iters + running.int()
-        running = running & ~(change < tol)  # NaN keeps running: it is reported, not hidden
-
-    if mass is not None:
-        f, g = torch.where(rows, f + level / 2, 0.0), torch.where(cols, g + level / 2, 0.0)
-    elif tau_a == 1.0 and tau_b == 1.0:
-        # f + c and g - c are the same plan: choose sum a f = sum b g, which treats rows and columns alike.
-        total = (weight_a.sum(-1) + weight_b.sum(-1)).clamp_min(torch.finfo(a.dtype).tiny)
-        shift = (((weight_a * f).sum(-1) - (weight_b * g).sum(-1)) / total).unsqueeze(-1)
-        f, g = torch.where(rows, f - shift, 0.0), torch.where(cols, g + shift, 0.0)
-    blank = empty.unsqueeze(-1)
-    f, g = torch.where(blank, 0.0, f), torch.where(blank, 0.0, g)
-    residual = torch.where(empty, 0.0, residual)
-    broken = broken | ~(torch.isfinite(f).all(-1) & torch.isfinite(g).all(-1))  # overflowed on the way
-    bad = broken.unsqueeze(-1)
-    f, g = torch.where(bad & rows, torch.nan, f), torch.where(bad & cols, torch.nan, g)
-    residual = torch.where(broken, torch.nan, residual)
-    return f, g, n_iters, residual
+    updates, broken = dense(
+        cost, a, b, epsilon, tau_a=tau_a, tau_b=tau_b, mass=mass, row_mask=row_mask, col_mask=col_mask
+    )
+    return alternate(
+        updates, broken, max_iters=max_iters, tol=tol, acceleration=acceleration, f_init=f_init, g_init=g_init
+    )
 
 
 def token_cost(

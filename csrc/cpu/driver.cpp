@@ -126,7 +126,8 @@ const char* cpu_in_use() { return kernels().name; }
 
 template <class T> void cpu_sinkhorn(const SinkhornTask<T>& task, int threads) {
   const CpuKernels& set = kernels();
-  spread(task.problems, threads, set.sinkhorn_scratch(task.rows, task.cols, sizeof(T)), [&](int64_t p, char* scratch) {
+  const size_t bytes = set.sinkhorn_scratch(task.rows, task.cols, sizeof(T), task.anderson);
+  spread(task.problems, threads, bytes, [&](int64_t p, char* scratch) {
     if constexpr (sizeof(T) == 4) set.sinkhorn_f32(task, p, scratch);
     else set.sinkhorn_f64(task, p, scratch);
   });
@@ -141,7 +142,7 @@ template <class T> void cpu_token_cost(const CostTask<T>& task, int threads) {
 template <class T> void cpu_transport_attention(const AttentionTask<T>& task, int threads) {
   const CpuKernels& set = kernels();
   const CostTask<T>& shape = task.cost;
-  spread(shape.samples * shape.heads, threads, set.sinkhorn_scratch(shape.rows, shape.cols, sizeof(T)),
+  spread(shape.samples * shape.heads, threads, set.sinkhorn_scratch(shape.rows, shape.cols, sizeof(T), false),
          [&](int64_t head, char* scratch) {
            if constexpr (sizeof(T) == 4) set.attention_f32(task, head, scratch);
            else set.attention_f64(task, head, scratch);

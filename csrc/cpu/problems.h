@@ -46,15 +46,16 @@ template <class T> void put_row(Solver<T>& s, int64_t i, const T* row) {
   }
 }
 
-template <class T> size_t scratch_of(int64_t rows, int64_t cols) {
+template <class T> size_t scratch_of(int64_t rows, int64_t cols, bool anderson) {
   Arena count{nullptr};
   Solver<T> solver;
   solver.layout(count, rows, cols);
+  if (anderson) solver.anderson.layout(count, rows);
   count.take<int32_t>(rows), count.take<int32_t>(cols), count.take<T>(cols + LANES<T>);
   return count.used;
 }
-size_t scratch(int64_t rows, int64_t cols, size_t element) {
-  return element == sizeof(float) ? scratch_of<float>(rows, cols) : scratch_of<double>(rows, cols);
+size_t scratch(int64_t rows, int64_t cols, size_t element, bool anderson) {
+  return element == sizeof(float) ? scratch_of<float>(rows, cols, anderson) : scratch_of<double>(rows, cols, anderson);
 }
 
 template <class T> void fill(T* x, int64_t count, T value) {
@@ -74,9 +75,11 @@ template <class T> void sinkhorn_one(const SinkhornTask<T>& task, int64_t p, cha
 
   Solver<T> s;
   s.layout(arena, n, m);
+  s.accelerate = task.anderson;
+  if (task.anderson) s.anderson.layout(arena, n);
   T total_a = 0, total_b = 0;
-  for (int64_t i = 0; i < n; ++i) total_a += s.a[i] = task.a[p * N + rows[i]];
-  for (int64_t j = 0; j < m; ++j) total_b += s.b[j] = task.b[p * M + cols[j]];
+  for (int64_t i = 0; i < n; ++i) total_a += s.rows.weight[i] = task.a[p * N + rows[i]];
+  for (int64_t j = 0; j < m; ++j) total_b += s.cols.weight[j] = task.b[p * M + cols[j]];
   if (total_a <= 0 || total_b <= 0) return;  // nothing to transport
 
   Range<T> range;
@@ -91,12 +94,12 @@ template <class T> void sinkhorn_one(const SinkhornTask<T>& task, int64_t p, cha
   }
   s.begin(task.epsilon[p], task.tau_a, task.tau_b, task.mass ? task.mass[p] : 0.0, task.mass != nullptr);
   if (task.f_init)
-    for (int64_t i = 0; i < n; ++i) s.f[i] = task.f_init[p * N + rows[i]];
+    for (int64_t i = 0; i < n; ++i) s.rows.reference[i] = task.f_init[p * N + rows[i]];
   if (task.g_init)
-    for (int64_t j = 0; j < m; ++j) s.g[j] = task.g_init[p * M + cols[j]];
+    for (int64_t j = 0; j < m; ++j) s.cols.reference[j] = task.g_init[p * M + cols[j]];
   bool sound = range.finite && finite(total_a) && finite(total_b);
-  for (int64_t i = 0; i < n; ++i) sound = sound && finite(s.f[i]);
-  for (int64_t j = 0; j < m; ++j) sound = sound && finite(s.g[j]);
+  for (int64_t i = 0; i < n; ++i) sound = sound && finite(s.rows.reference[i]);
+  for (int64_t j = 0; j < m; ++j) sound = sound && finite(s.cols.reference[j]);
   if (sound)
     s.solve(double(range.low), double(range.high), task.max_iters, task.tol, task.f_init != nullptr, task.g_init != nullptr);
   task.n_iters[p] = int32_t(s.iterations);
@@ -109,11 +112,11 @@ template <class T> void sinkhorn_one(const SinkhornTask<T>& task, int64_t p, cha
   }
 
   double shift = 0;
-  if (!s.exact_mass && s.tau_a == 1.0 && s.tau_b == 1.0) {
+  if (!s.exact_mass && s.rows.tau == 1.0 && s.cols.tau == 1.0) {
     // f + c and g - c are the same plan: choose sum a f = sum b g, which treats rows and columns alike.
     double gap = 0, total = 0;
-    for (int64_t i = 0; i < n; ++i) gap += double(s.a[i]) * s.row_potential(i), total += double(s.a[i]);
-    for (int64_t j = 0; j < m; ++j) gap -= double(s.b[j]) * s.col_potential(j), total += double(s.b[j]);
+    for (int64_t i = 0; i < n; ++i) gap += double(s.rows.weight[i]) * s.row_potential(i), total += double(s.rows.weight[i]);
+    for (int64_t j = 0; j < m; ++j) gap -= double(s.cols.weight[j]) * s.col_potential(j), total += double(s.cols.weight[j]);
     shift = gap / total;
   }
   for (int64_t i = 0; i < n; ++i) f[rows[i]] = T(s.row_potential(i) - shift);
@@ -191,7 +194,7 @@ template <class T> void attention_one(const AttentionTask<T>& task, int64_t head
   if (n == 0) return;
   Solver<T> s;
   s.layout(arena, n, M);
-  fill(s.a, n, T(1) / T(n)), fill(s.b, M, T(1) / T(M));
+  fill(s.rows.weight, n, T(1) / T(n)), fill(s.cols.weight, M, T(1) / T(M));
   Range<T> range;
   for (int64_t i = 0; i < n; ++i) {
     cost_row(shape, head, rows[i], row);
@@ -199,7 +202,7 @@ template <class T> void attention_one(const AttentionTask<T>& task, int64_t head
     put_row(s, i, row);
   }
   const T span = range.high - range.low, divisor = span > T(1e-6) ? span : T(1e-6);
-  for (int64_t k = 0; k < n * s.mp; ++k) s.C[k] = (s.C[k] - range.low) / divisor;  // padding stays inf
+  for (int64_t k = 0; k < n * s.cols.padded; ++k) s.C[k] = (s.C[k] - range.low) / divisor;  // padding stays inf
   const bool with_mass = task.mass > 0;
   s.begin(task.epsilon, with_mass ? 1.0 : task.tau, with_mass ? 1.0 : task.tau, task.mass, with_mass);
   if (range.finite) s.solve(0.0, double(span / divisor), task.max_iters, task.tol, false, false);
@@ -218,25 +221,25 @@ template <class T> void attention_one(const AttentionTask<T>& task, int64_t head
     const T* attention = shape.attention + (head * N + rows[i]) * M;
     T* refined = task.refined + (head * N + rows[i]) * M;
     T* plan = task.plan ? task.plan + (head * N + rows[i]) * M : nullptr;
-    const T scale = s.row_sum[i] > 0 ? T(1) / s.row_sum[i] : T(0);
+    const T scale = s.rows.sum[i] > 0 ? T(1) / s.rows.sum[i] : T(0);
     Vec<T> sums{};
     T rest = 0;
     for (int64_t p = 0; p < s.panels; ++p) {
-      const T *kernel = s.K + (p * n + i) * PANEL<T>, *v = s.vb + p * PANEL<T>;
+      const T *kernel = s.K + (p * n + i) * PANEL<T>, *v = s.cols.scaled_weight + p * PANEL<T>;
       const int64_t first = p * PANEL<T>, real = M - first < PANEL<T> ? M - first : PANEL<T>;
       if (real == PANEL<T>) {
         for (int64_t k = 0; k < real; k += LANES<T>) {
           const Vec<T> mass = load<T>(kernel + k) * load<T>(v + k);
           const Vec<T> w = (load_any<T>(attention + first + k) + splat<T>(floor)) * (mass * splat<T>(scale) + splat<T>(floor));
           store_any<T>(refined + first + k, w);
-          if (plan) store_any<T>(plan + first + k, mass * splat<T>(s.ua[i]));
+          if (plan) store_any<T>(plan + first + k, mass * splat<T>(s.rows.scaled_weight[i]));
           sums += w;
         }
       } else {
         for (int64_t k = 0; k < real; ++k) {
           const T mass = kernel[k] * v[k], w = (attention[first + k] + floor) * (mass * scale + floor);
           refined[first + k] = w, rest += w;
-          if (plan) plan[first + k] = mass * s.ua[i];
+          if (plan) plan[first + k] = mass * s.rows.scaled_weight[i];
         }
       }
     }
