@@ -2,19 +2,23 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= demo-output
+PEERS ?= build/peers
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint install checkpoints clean help
+.PHONY: demo test test-peers lint install checkpoints clean help
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
 
 demo: $(READY)  ## the main job: captioned videos in, a better text-to-video generator out, with pictures
 	$(BIN)/pisces demo --output $(OUTPUT)
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
+
+test-peers: $(READY)  ## POT's own published tests on our drop-in functions; downloads POT's source distributions to $(PEERS)
+	$(BIN)/python tests/upstream/run_pot.py --download $(PEERS)
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -110,7 +110,7 @@ class OTResult:
 
     Attributes:
         value: [] or [B], see `solve`.
-        value_linear: sum(plan * cost); not in geomloss 0.3.1.
+        transport_cost: sum(plan * cost), [] or [B]; not in geomloss.
         potential_a, potential_b: dual potentials f and g of plan = exp((f + g - cost) / reg) * a * b. Balanced ones,
             which are unique up to a constant, satisfy sum(a f) = sum(b g).
         potential_aa, potential_bb: potentials of a against a and b against b, with debias only.
@@ -118,7 +118,7 @@ class OTResult:
         density_operator, plan_operator: `LinearOperator`s.
         lazy_density, lazy_plan: None, as geomloss's without KeOps.
         marginal_a, marginal_b: sums of the plan over columns and over rows.
-        a_to_b, b_to_a: None, as geomloss's.
+        a_to_b, b_to_a: None, as geomloss's; value_linear too, which geomloss's tests read and its results lack.
         citation: the paper that geomloss asks to cite.
         converged, residual, n_iters: bool, float and int32 per problem, diagnostics of `sinkhorn`; not in geomloss.
     """
@@ -127,6 +127,7 @@ class OTResult:
     lazy_plan = None
     a_to_b = None
     b_to_a = None
+    value_linear = None
     citation = CITATION
 
     def __init__(
@@ -160,8 +161,8 @@ class OTResult:
         return self._origin.array(total)
 
     @functools.cached_property
-    def value_linear(self) -> Any:
-        """Transport cost sum(plan * cost)."""
+    def transport_cost(self) -> Any:
+        """sum(plan * cost)."""
         return self._origin.array(self._ab.transport_cost)
 
     @functools.cached_property
