@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEAST = 8  # fewest rows and columns: about as many differences as unknowns fit any residual, and lead anywhere
 RIDGE = 1e-10  # Tikhonov term of the least squares, relative to the trace of its matrix
 
 
@@ -26,8 +27,9 @@ class Anderson:
     Source: Walker and Ni 2011 (type II); the safeguard is this library's.
     """
 
-    def __init__(self, f: Tensor, *, depth: int, first_pause: int, forgiving: bool) -> None:
+    def __init__(self, f: Tensor, large: Tensor, *, depth: int, first_pause: int, forgiving: bool) -> None:
         problems, rows = f.shape
+        self.large = large  # [P] bool, problems with at least LEAST rows and columns; the others stay plain
         self.depth, self.forgiving = depth, forgiving
         self.points = f.new_zeros(problems, depth + 1, rows, dtype=torch.float64)  # the last f / epsilon, newest last
         self.residuals = torch.zeros_like(self.points)
@@ -54,7 +56,7 @@ class Anderson:
         mixed = f_plain + (self._step() * epsilon.double()).to(f.dtype)
         # Residuals of a few roundings are noise.
         floor = 8 * torch.finfo(f.dtype).eps * (1 + (f / epsilon).abs().amax(-1))
-        extrapolate = (self.pause == 0) & (self.count > 1) & ~worse & ~(size < tol) & (size > floor)
+        extrapolate = self.large & (self.pause == 0) & (self.count > 1) & ~worse & ~(size < tol) & (size > floor)
         extrapolate = extrapolate & torch.isfinite(mixed).all(-1)
         result = torch.where(extrapolate.unsqueeze(-1), mixed, f_plain)
         result = torch.where(worse.unsqueeze(-1), self.fallback, result)

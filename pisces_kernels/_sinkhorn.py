@@ -60,6 +60,7 @@ def sinkhorn(
         acceleration: None, or "anderson": extrapolates the row potential from the last five iterations and falls back
             to plain ones where that does not help. It pays where plain iterations converge slowly: small epsilon, tau
             near 1. The answer is the same; `residual` is still that of a plain iteration, and the last one is plain.
+            Problems with fewer than 8 rows or columns always run plain ones.
         f_init: [..., N], potentials to start from (with `f_init` alone the iteration starts with g).
         g_init: [..., M].
         gradient: how the potentials are differentiated: "implicit" (at the fixed point: exact when converged),

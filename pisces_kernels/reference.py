@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._anderson import Anderson
+from ._anderson import LEAST, Anderson
 
 ATTENTION_FLOOR = 1e-6  # added to attention and to plan rows before their logarithms meet (PISCES; its code clamps)
 RANGE_FLOOR = 1e-6  # smallest divisor of the min-max scaling and of an attention row's sum (released code of PISCES)
@@ -206,7 +206,8 @@ def alternate(
     if acceleration == "anderson":
         # Exact mass first finds out which marginals are full: extrapolation across such a change is worth nothing.
         exact = updates.mass is not None
-        mixer = Anderson(f, depth=5, first_pause=10 if exact else 1, forgiving=not exact)
+        large = (rows.sum(-1) >= LEAST) & (cols.sum(-1) >= LEAST)
+        mixer = Anderson(f, large, depth=5, first_pause=10 if exact else 1, forgiving=not exact)
     residual = torch.full_like(eps.squeeze(-1), torch.inf)
     n_iters = torch.zeros_like(residual, dtype=torch.int32)
     running = ~(empty | broken)

@@ -13,6 +13,8 @@ namespace {
 struct Anderson {
   using V = Vec<double>;
   static constexpr int DEPTH = 5;
+  // Fewest rows and columns: about as many differences as unknowns fit any residual, and lead anywhere.
+  static constexpr int64_t LEAST = 8;
   static constexpr double RIDGE = 1e-10;  // Tikhonov term of the least squares, relative to the trace
 
   int64_t size;           // padded; padding is 0 everywhere

@@ -41,8 +41,12 @@ template <class T> void log_cols(State<T>& s) {
     Vec<T> top = splat<T>(LOWEST<T>), sum{};
     for (int64_t i = 0; i < s.n; ++i)
       top = vmax<T>(((splat<T>(f[i]) + gj) - load<T>(s.entry(s.C, i, j))) * scale + splat<T>(offset[i]), top);
-    for (int64_t i = 0; i < s.n; ++i)
-      sum += vexp<T>(((splat<T>(f[i]) + gj) - load<T>(s.entry(s.C, i, j))) * scale + splat<T>(offset[i]) - top);
+    for (int64_t first = 0; first < s.n; first += BLOCK) {  // the rounding of one long chain of additions would show
+      Vec<T> block{};
+      for (int64_t i = first; i < first + BLOCK && i < s.n; ++i)
+        block += vexp<T>(((splat<T>(f[i]) + gj) - load<T>(s.entry(s.C, i, j))) * scale + splat<T>(offset[i]) - top);
+      sum += block;
+    }
     for (int k = 0; k < VL && j + k < s.m; ++k)
       s.cols.soft[j + k] = double(top[k]) + log_of(double(sum[k])) - double(gj[k]) / s.eps;
   }

@@ -75,8 +75,8 @@ template <class T> void sinkhorn_one(const SinkhornTask<T>& task, int64_t p, cha
 
   Solver<T> s;
   s.layout(arena, n, m);
-  s.accelerate = task.anderson;
-  if (task.anderson) s.anderson.layout(arena, n);
+  s.accelerate = task.anderson && n >= Anderson::LEAST && m >= Anderson::LEAST;
+  if (s.accelerate) s.anderson.layout(arena, n);
   T total_a = 0, total_b = 0;
   for (int64_t i = 0; i < n; ++i) total_a += s.rows.weight[i] = task.a[p * N + rows[i]];
   for (int64_t j = 0; j < m; ++j) total_b += s.cols.weight[j] = task.b[p * M + cols[j]];

@@ -52,10 +52,11 @@ template <class T> struct Solver : State<T> {
 
   // ---- damped updates (balanced, KL) -----------------------------------------------------------------------------------
 
-  struct Seen {  // ranges of one half iteration
-    Vec<T> sum_low = splat<T>(T(1)), sum_high = splat<T>(T(1)), log_low{}, log_high{}, change{};
+  struct Seen {  // ranges of one half iteration; reach: distance of the logs from the middle of their range
+    static constexpr T MIDDLE = (R::SCALING_LOW + R::SCALING_HIGH) / 2;
+    Vec<T> sum_low = splat<T>(T(1)), sum_high = splat<T>(T(1)), reach{}, change{};
     bool in_range() const { return min_lanes<T>(sum_low) >= R::SUM_LOW && max_lanes<T>(sum_high) <= R::SUM_HIGH; }
-    bool wide() const { return !(min_lanes<T>(log_low) >= R::SCALING_LOW && max_lanes<T>(log_high) <= R::SCALING_HIGH); }
+    bool wide() const { return !(max_lanes<T>(reach) <= R::SCALING_HIGH - MIDDLE); }
   };
 
   // log scaling = damping - tau log sum, for entries [from, to).
@@ -65,16 +66,21 @@ template <class T> struct Solver : State<T> {
       const Vec<T> sum = load<T>(side.sum + i) + load<T>(side.pad + i);
       seen.sum_low = vmin<T>(sum, seen.sum_low), seen.sum_high = vmax<T>(sum, seen.sum_high);
       const Vec<T> l = load<T>(side.damping + i) - tau * vlog<T>(sum);
-      seen.log_low = vmin<T>(l, seen.log_low), seen.log_high = vmax<T>(l, seen.log_high);
+      seen.reach = vmax<T>(vabs<T>(l - splat<T>(Seen::MIDDLE)), seen.reach);
       seen.change = vmax<T>(vabs<T>(l - load<T>(side.log_scaling + i)), seen.change);
       store<T>(side.next + i, l);
       store<T>(side.scaled_weight + i, load<T>(side.weight + i) * vexp<T>(l));
     }
   }
   // Rows from their sums.
-  void scale_rows(Seen& seen) { update(rows, seen, 0, rows.padded); }
+  Seen scale_rows() {
+    Seen seen;
+    update(rows, seen, 0, rows.padded);
+    return seen;
+  }
   // Columns from K^T u a, and the next row sums in the same pass over K.
-  void scale_cols(Seen& seen) {
+  Seen scale_cols() {
+    Seen seen;
     clear_lanes(*this);
     const int64_t panel_bytes = n * PANEL<T> * int64_t(sizeof(T));
     int64_t group = 24 * 1024 / panel_bytes;  // panels that stay in the first-level cache between the two halves
@@ -86,13 +92,12 @@ template <class T> struct Solver : State<T> {
       for (int64_t p = first; p < last; ++p) panel_row_sums(*this, p);
     }
     reduce_lanes(*this);
+    return seen;
   }
   // One side: in the scaling domain if that is right, else in the log domain. Returns the largest change.
   double half_iteration(Side<T>& side, bool& trouble) {
     if (scaled) {
-      Seen seen;
-      if (&side == &rows) scale_rows(seen);
-      else scale_cols(seen);
+      const Seen seen = &side == &rows ? scale_rows() : scale_cols();
       if (seen.in_range()) {
         exchange(side.log_scaling, side.next);
         if (seen.wide()) trouble = true, scaled = absorb(*this);
@@ -164,8 +169,7 @@ template <class T> struct Solver : State<T> {
   // Make K fit for plan rows scaled to sum 1, in which f cancels: where a row has left the range (strong damping), f of
   // an undamped half step takes its place and what is missing goes into a u.
   void prepare_rows() {
-    if (!scaled) absorb(*this);
-    bool in_range = true;
+    bool in_range = scaled || absorb(*this);
     for (int64_t i = 0; i < n; ++i) in_range = in_range && rows.sum[i] >= R::SUM_LOW && rows.sum[i] <= R::SUM_HIGH;
     if (in_range) return;
     log_rows(*this);

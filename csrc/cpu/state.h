@@ -45,6 +45,7 @@ template <class T> struct Side {
   T* damping;        // (tau - 1) reference / epsilon
   T* sum;            // K v b or K^T u a
   double* soft;      // log of the weighted sums without this side's potential
+  double* mass_weight;  // exact mass: the weights
   double* cap;       // exact mass: potential <= 0, without the level
   double tau;
 
@@ -52,7 +53,7 @@ template <class T> struct Side {
     count = size, padded = round_up(size, multiple);
     T** pieces[] = {&reference, &log_scaling, &next, &scaled_weight, &weight, &log_weight, &pad, &damping, &sum};
     for (T** piece : pieces) *piece = arena.take<T>(padded);
-    soft = arena.take<double>(padded), cap = arena.take<double>(padded);
+    soft = arena.take<double>(padded), mass_weight = arena.take<double>(padded), cap = arena.take<double>(padded);
   }
   // Weights are in weight[0..count): fill what follows from them.
   void begin(double damp) {
@@ -60,16 +61,23 @@ template <class T> struct Side {
     for (int64_t i = 0; i < padded; ++i) {
       if (i >= count) weight[i] = 0;
       log_weight[i] = weight[i] > 0 ? T(log_of(weight[i])) : -T(__builtin_inf());
-      pad[i] = i >= count, reference[i] = 0, log_scaling[i] = 0, damping[i] = 0, sum[i] = 0, cap[i] = 0;
+      pad[i] = i >= count, reference[i] = 0, log_scaling[i] = 0, damping[i] = 0, sum[i] = 0;
+      soft[i] = 0, cap[i] = 0, mass_weight[i] = double(weight[i]);
     }
   }
   double potential(int64_t i, double eps) const { return double(reference[i]) + eps * double(log_scaling[i]); }
   // Where K is built: half way between the potential and the undamped one, so that the scalings and the sums both carry
   // half of a marginal that damping makes small.
   double centre(double potential) const { return potential * ((1 + tau) / (2 * tau)); }
-  void begin_scaling(double eps) {
-    for (int64_t i = 0; i < count; ++i) damping[i] = T((tau - 1) / eps * double(reference[i]));
+  // What K needs beside the references. False if a scaling has left its range.
+  bool begin_scaling(double eps) {
+    bool in_range = true;
+    for (int64_t i = 0; i < count; ++i) {
+      damping[i] = T((tau - 1) / eps * double(reference[i]));
+      in_range = in_range && log_scaling[i] >= Traits<T>::SCALING_LOW && log_scaling[i] <= Traits<T>::SCALING_HIGH;
+    }
     weigh();
+    return in_range;
   }
   void weigh() {
     for (int64_t i = 0; i < padded; i += LANES<T>)

@@ -26,7 +26,7 @@ template <> struct Traits<float> {
   static constexpr int32_t MAGIC_BITS = 0x4b400000, HALF_ROOT_BITS = 0x3f3504f3;  // bits of MAGIC and of sqrt(1/2)
   // Logs of scalings outside [SCALING_LOW, SCALING_HIGH] are absorbed into the potentials. A sum over kernel times scaling
   // is then right to rounding even where the kernel underflows: 1e-38 * exp(24) is nothing beside a sum of SUM_LOW.
-  static constexpr float SCALING_LOW = -48.0f, SCALING_HIGH = 24.0f, SUM_LOW = 1e-18f, SUM_HIGH = 1e10f, OPEN_HIGH = 8.0f;
+  static constexpr float SCALING_LOW = -48.0f, SCALING_HIGH = 24.0f, SUM_LOW = 1e-18f, SUM_HIGH = 1e10f;
   static constexpr double RESIDUAL_FLOOR = 1e-6;  // residuals below it are mostly rounding
   static constexpr int GRID_BITS = 22;  // potentials are kept as multiples of 2^-22 of their range: sums of two are exact
 };
@@ -40,7 +40,7 @@ template <> struct Traits<double> {
   static constexpr double LN2_HIGH = 6.93147180369123816490e-01, LN2_LOW = 1.90821492927058770002e-10;
   static constexpr int MANTISSA = 52, BIAS = 1023, EXP_TERMS = 13, LOG_TERMS = 11;
   static constexpr int64_t MAGIC_BITS = 0x4338000000000000, HALF_ROOT_BITS = 0x3fe6a09e667f3bcd;
-  static constexpr double SCALING_LOW = -400.0, SCALING_HIGH = 150.0, SUM_LOW = 1e-180, SUM_HIGH = 1e100, OPEN_HIGH = 150.0;
+  static constexpr double SCALING_LOW = -400.0, SCALING_HIGH = 150.0, SUM_LOW = 1e-180, SUM_HIGH = 1e100;
   static constexpr double RESIDUAL_FLOOR = 1e-14;
   static constexpr int GRID_BITS = 50;
 };
