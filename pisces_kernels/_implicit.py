@@ -50,7 +50,10 @@ def _solve(
         # Adding null 1^T moves only the null direction, along which the gradient does not change.
         system = system + null.unsqueeze(-1)
     target = (rhs - first @ rest).double()
-    short = torch.linalg.solve_ex(system, target)[0].to(first.dtype)  # no error check: it would stop the device
+    # Not torch.linalg.solve: its batched LU hangs on CPUs after torch.set_num_threads, MKL waiting inside a parallel
+    # region for threads that it never gets (PyTorch 2.13). QR goes through the batch one matrix after the other.
+    q, r = torch.linalg.qr(system)
+    short = torch.linalg.solve_triangular(r, q.mT @ target, upper=True).to(first.dtype)
     long = rest - second @ short
     return (short, long) if rows_short else (long, short)
 

@@ -212,3 +212,17 @@ def test_compiles_into_one_graph(compiler, gradient):
     (theirs,) = torch.autograd.grad(loss(cost), cost)
     assert torch.allclose(compiled, loss(cost))
     assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.timeout(120)
+def test_gradient_of_a_batch_after_the_number_of_threads_was_set():
+    """Batched LU factors of this size never come back then."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        cost = random_costs(2, 150, 200).requires_grad_()
+        result = sinkhorn(cost, epsilon=0.05, tau=0.9)
+        (gradient,) = torch.autograd.grad(result.f.sum(), cost)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.isfinite(gradient).all()
