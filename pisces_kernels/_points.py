@@ -60,8 +60,8 @@ def sinkhorn_points(
         row_mask: [..., N] bool, True where the row exists. A masked row is exactly as if it were not there.
         col_mask: [..., M] bool.
         max_iters: most iterations, >= 1.
-        tol: a problem has converged when its residual is smaller; 0 runs all iterations. In float32 the residual
-            cannot fall below about 1e-7 * max|cost| / epsilon.
+        tol: a problem has converged when its residual is smaller; 0 runs all iterations. In float32 rounding
+            may keep the residual above about 1e-7 * max|cost| / epsilon.
         acceleration: None (plain iterations) or "anderson".
         f_init: [..., N], potentials to start from (with `f_init` alone the iteration starts with g).
         g_init: [..., M].

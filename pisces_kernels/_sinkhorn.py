@@ -55,8 +55,8 @@ def sinkhorn(
         row_mask: [..., N] bool, True where the row exists. A masked row is exactly as if it were not there.
         col_mask: [..., M] bool.
         max_iters: most iterations, >= 1.
-        tol: a problem has converged when its residual is smaller; 0 runs all iterations. In float32 the residual
-            cannot fall below about 1e-7 * max|cost| / epsilon.
+        tol: a problem has converged when its residual is smaller; 0 runs all iterations. In float32 rounding
+            may keep the residual above about 1e-7 * max|cost| / epsilon.
         acceleration: None, or "anderson": extrapolates the row potential from the last five iterations and falls back
             to plain ones where that does not help. It pays where plain iterations converge slowly: small epsilon, tau
             near 1. The answer is the same; `residual` is still that of a plain iteration, and the last one is plain.
