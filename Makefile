@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= demo-output
 PEERS ?= build/peers
+BENCH_FLAGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-peers lint install checkpoints clean help
+.PHONY: demo test test-peers test-native bench lint install checkpoints clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -19,6 +20,15 @@ test: $(READY)  ## all tests
 
 test-peers: $(READY)  ## POT's own published tests on our drop-in functions; downloads POT's source distributions to $(PEERS)
 	$(BIN)/python tests/upstream/run_pot.py --download $(PEERS)
+
+test-native: $(READY)  ## the CPU kernels alone: under sanitizers, and cross-compiled for aarch64 (downloads a compiler, 100 MB)
+	$(BIN)/python tests/native/run.py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ziglang
+	$(BIN)/python tests/native/run.py --aarch64
+
+bench: $(READY)  ## ours against its peers, about 20 minutes on an idle machine: docs/benchmarks.md (BENCH_FLAGS="--only cost --smoke")
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,bench]"
+	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

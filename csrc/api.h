@@ -28,39 +28,138 @@ template <class T> struct SinkhornTask {
 
 // B samples of H heads: the PISCES cost of N text tokens and M video tokens.
 template <class T> struct CostTask {
-  const T* similarity;      // [B, N, M], cosine of text and video tokens
+  const T* text;            // [B, N, D]
+  const T* video;           // [B, M, D]
   const T* attention;       // [B, H, N, M]
   const T* frame;           // [B, M]
-  const T* place_y;         // [B, M]
-  const T* place_x;         // [B, M]
-  const T* time_weight;     // [B], gamma / (t_max - t_min)
-  const uint8_t* row_mask;  // [B, N] or null
-  const uint8_t* col_mask;  // [B, M] or null (token_cost only)
-  int64_t samples, heads, rows, cols;
-  T place_weight;           // eta / sqrt(2)
+  const T* positions;       // [B, M, 2]
+  const uint8_t* row_mask;  // [B, N] or null; what is masked may hold anything
+  const uint8_t* col_mask;  // [B, M] or null
+  int64_t samples, heads, rows, cols, dim;
+  T gamma, place_weight;    // place_weight: eta / sqrt(2)
   bool normalize;
   T* cost;                  // [B, H, N, M]: result of token_cost
 };
 
-// The same with the solve and the fusion behind it, one head after the other in scratch memory.
-template <class T> struct AttentionTask {
+// Gradient of the token cost; cost.cost is the result of the forward pass.
+template <class T> struct CostGradientTask {
   CostTask<T> cost;
-  double epsilon, tau, mass, tol;  // mass 0: not given
-  int max_iters;
-  T* refined;  // [B, H, N, M], rows that are not selected are left alone
-  T* plan;     // [B, H, N, M] or null, the same
+  const T* grad;                // [B, H, N, M]
+  T *text, *video, *attention;  // results, of the shapes of the inputs
 };
 
-// One instruction set's kernels: one problem (or head) each, in caller's scratch memory.
-struct CpuKernels {
-  const char* name;
-  size_t (*sinkhorn_scratch)(int64_t rows, int64_t cols, size_t element, bool anderson);
-  void (*sinkhorn_f32)(const SinkhornTask<float>&, int64_t problem, char* scratch);
-  void (*sinkhorn_f64)(const SinkhornTask<double>&, int64_t problem, char* scratch);
-  void (*token_cost_f32)(const CostTask<float>&, int64_t head);
-  void (*token_cost_f64)(const CostTask<double>&, int64_t head);
-  void (*attention_f32)(const AttentionTask<float>&, int64_t head, char* scratch);
-  void (*attention_f64)(const AttentionTask<double>&, int64_t head, char* scratch);
+// Token cost with the solve and the fusion behind it, one head after the other in scratch memory.
+template <class T> struct AttentionTask {
+  CostTask<T> cost;                // its col_mask is null
+  double epsilon, tau, mass, tol;  // mass 0: not given
+  int max_iters;
+  T* refined;  // [B, H, N, M]
+  T* plan;     // [B, H, N, M] or null
+};
+
+// Gradient of attention with the plan held: of A where refined = A P / sum A P with A = attention + 1e-6.
+template <class T> struct FusionGradientTask {
+  const T *grad, *attention, *refined;  // [B, H, N, M]
+  const uint8_t* row_mask;              // [B, N] or null: rows that are not selected pass their gradient on
+  int64_t samples, heads, rows, cols;
+  T* result;                            // [B, H, N, M]
+};
+
+// P problems between clouds of N and M points in D dimensions, whose cost is never stored. Null where optional.
+template <class T> struct PointsTask {
+  const T* x;               // [P, N, D]: centred for the squared distance, of length 1 or 0 for the cosine
+  const T* y;               // [P, M, D]; null: x against itself
+  const T* a;               // [P, N]
+  const T* b;               // [P, M]; transform: logs of weights
+  const double* epsilon;    // [P]
+  const double* mass;       // [P] or null
+  const uint8_t* row_mask;  // [P, N] or null
+  const uint8_t* col_mask;  // [P, M] or null
+  const T* f_init;          // [P, N] or null
+  const T* g_init;          // [P, M] or null
+  T* f;                     // [P, N]
+  T* g;                     // [P, M]
+  int32_t* n_iters;         // [P]
+  T* residual;              // [P]
+  int64_t problems, rows, cols, dim;
+  double tau_a, tau_b, tol;
+  int max_iters, threads;
+  bool squared;             // the cost is the squared distance, else 1 - cos
+  bool anderson;
+};
+
+// out = (K * left right_factor^T) right with K_ij = exp(row_i + col_j - cost_ij / epsilon), for clouds as above.
+template <class T> struct PointsProductTask {
+  const T* x;               // [P, N, D]
+  const T* y;               // [P, M, D]
+  const T* row;             // [P, N]
+  const T* col;             // [P, M]
+  const double* epsilon;    // [P]
+  const T* right;           // [P, M, width]
+  const T* left;            // [P, N, factors] or null: K alone
+  const T* right_factor;    // [P, M, factors] or null
+  T* out;                   // [P, N, width]
+  int64_t problems, rows, cols, dim, width, factors;
+  int threads;
+  bool squared;
+};
+
+// P solved problems: everything that their plans follow from.
+template <class T> struct Solved {
+  const T* cost;            // [P, N, M]
+  const T* f;               // [P, N]
+  const T* g;               // [P, M]
+  const T* a;               // [P, N]
+  const T* b;               // [P, M]
+  const double* epsilon;    // [P]
+  const uint8_t* row_mask;  // [P, N] or null
+  const uint8_t* col_mask;  // [P, M] or null
+  int64_t problems, rows, cols;
+};
+
+// The plan exp((f + g - cost) / epsilon) a b.
+template <class T> struct PlanTask {
+  Solved<T> problem;
+  T* plan;  // [P, N, M]
+};
+
+// Its sums over columns [P, N] and rows [P, M], and sum(plan * cost) [P].
+template <class T> struct PlanSumsTask {
+  Solved<T> problem;
+  T *rows, *cols, *energy;
+};
+
+// Gradient of a function of the plan and its sums, with respect to what the plan follows from.
+template <class T> struct PlanBackwardTask {
+  Solved<T> problem;
+  const T* grad_plan;                              // [P, N, M] or null
+  const T *grad_rows, *grad_cols, *grad_energy;    // [P, N], [P, M], [P], each or null
+  T *cost, *f, *g, *a, *b;
+  double* epsilon;
+};
+
+// Gradient of a function of the potentials at the fixed point.
+template <class T> struct ImplicitTask {
+  Solved<T> problem;
+  double tau_a, tau_b;
+  bool exact_mass;
+  const T *grad_f, *grad_g;         // [P, N], [P, M]
+  T *cost, *a, *b;
+  double *epsilon, *mass;           // [P]
+  uint8_t* sound;                   // [P], 0: the range of the plan's sums is beyond float64, nothing was written
+};
+
+// Gradient of a function of the potentials after n_iters iterations.
+template <class T> struct UnrolledTask {
+  Solved<T> problem;                // f, g: where the iterations start, each or null
+  const double* mass;               // [P] or null
+  const int32_t* n_iters;           // [P]
+  int64_t most_iters;               // the largest of them
+  double tau_a, tau_b;
+  const T *grad_f, *grad_g;         // [P, N], [P, M]
+  T *cost, *a, *b, *f, *g;          // f, g: with respect to the start, null where that is
+  double *epsilon, *to_mass;        // [P]
+  uint8_t* sound;                   // [P], 0: a weight of zero or something not finite, nothing was written
 };
 
 // Names of the instruction sets that were compiled and that this machine can run, slowest first, separated by spaces.
@@ -71,7 +170,18 @@ const char* cpu_in_use();
 
 template <class T> void cpu_sinkhorn(const SinkhornTask<T>&, int threads);
 template <class T> void cpu_token_cost(const CostTask<T>&, int threads);
+template <class T> void cpu_token_cost_gradient(const CostGradientTask<T>&, int threads);
 template <class T> void cpu_transport_attention(const AttentionTask<T>&, int threads);
+template <class T> void cpu_fusion_gradient(const FusionGradientTask<T>&, int threads);
+template <class T> void cpu_points_solve(const PointsTask<T>&);
+template <class T> void cpu_points_self(const PointsTask<T>&);
+template <class T> void cpu_points_transform(const PointsTask<T>&);
+template <class T> void cpu_points_product(const PointsProductTask<T>&);
+template <class T> void cpu_plan(const PlanTask<T>&, int threads);
+template <class T> void cpu_plan_sums(const PlanSumsTask<T>&, int threads);
+template <class T> void cpu_plan_backward(const PlanBackwardTask<T>&, int threads);
+template <class T> void cpu_implicit(const ImplicitTask<T>&, int threads);
+template <class T> void cpu_unrolled(const UnrolledTask<T>&, int threads);
 
 // CUDA launchers; defined only when nvcc was there. A null message means success.
 struct CudaStatus {

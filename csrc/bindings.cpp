@@ -1,81 +1,56 @@
 // Python bindings: addresses and sizes in, launchers out. No framework is known here; the Python adapters check shapes.
-#include <pybind11/pybind11.h>
-
 #include <stdexcept>
 #include <string>
 
-#include "api.h"
-
-namespace py = pybind11;
+#include "tasks.h"
 
 namespace {
 
-template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
-
-template <class T> pk::SinkhornTask<T> sinkhorn_task(const py::dict& d) {
-  const auto address = [&](const char* key) { return d[key].cast<uintptr_t>(); };
-  pk::SinkhornTask<T> task{};
-  task.cost = at<T>(address("cost")), task.a = at<T>(address("a")), task.b = at<T>(address("b"));
-  task.epsilon = at<double>(address("epsilon")), task.mass = at<double>(address("mass"));
-  task.row_mask = at<uint8_t>(address("row_mask")), task.col_mask = at<uint8_t>(address("col_mask"));
-  task.f_init = at<T>(address("f_init")), task.g_init = at<T>(address("g_init"));
-  task.f = at<T>(address("f")), task.g = at<T>(address("g"));
-  task.n_iters = at<int32_t>(address("n_iters")), task.residual = at<T>(address("residual"));
-  task.problems = d["problems"].cast<int64_t>();
-  task.rows = d["rows"].cast<int64_t>(), task.cols = d["cols"].cast<int64_t>();
-  task.tau_a = d["tau_a"].cast<double>(), task.tau_b = d["tau_b"].cast<double>(), task.tol = d["tol"].cast<double>();
-  task.max_iters = d["max_iters"].cast<int>(), task.anderson = d["anderson"].cast<bool>();
-  return task;
+// An operation whose task comes as a dict.
+template <class Task> void bind_task(py::module_& m, const std::string& name, void (*run)(const Task&, int)) {
+  m.def(name.c_str(), [run](const py::dict& values, int threads) {
+    Task task{};
+    read(Named(values), task);
+    py::gil_scoped_release release;
+    run(task, threads);
+  });
 }
-
-template <class T> pk::CostTask<T> cost_task(const py::dict& d) {
-  const auto address = [&](const char* key) { return d[key].cast<uintptr_t>(); };
-  pk::CostTask<T> task{};
-  task.similarity = at<T>(address("similarity")), task.attention = at<T>(address("attention"));
-  task.frame = at<T>(address("frame")), task.place_y = at<T>(address("place_y")), task.place_x = at<T>(address("place_x"));
-  task.time_weight = at<T>(address("time_weight"));
-  task.row_mask = at<uint8_t>(address("row_mask")), task.col_mask = at<uint8_t>(address("col_mask"));
-  task.samples = d["samples"].cast<int64_t>(), task.heads = d["heads"].cast<int64_t>();
-  task.rows = d["rows"].cast<int64_t>(), task.cols = d["cols"].cast<int64_t>();
-  task.place_weight = T(d["place_weight"].cast<double>());
-  task.normalize = d["normalize"].cast<bool>();
-  task.cost = at<T>(address("cost"));
-  return task;
-}
-
-template <class T> pk::AttentionTask<T> attention_task(const py::dict& d) {
-  pk::AttentionTask<T> task{};
-  task.cost = cost_task<T>(d);
-  task.epsilon = d["epsilon"].cast<double>(), task.tau = d["tau"].cast<double>(), task.mass = d["mass"].cast<double>();
-  task.tol = d["tol"].cast<double>(), task.max_iters = d["max_iters"].cast<int>();
-  task.refined = at<T>(d["refined"].cast<uintptr_t>()), task.plan = at<T>(d["plan"].cast<uintptr_t>());
-  return task;
+template <class Task> void bind_task(py::module_& m, const std::string& name, void (*run)(const Task&)) {
+  m.def(name.c_str(), [run](const py::dict& values) {
+    Task task{};
+    read(Named(values), task);
+    py::gil_scoped_release release;
+    run(task);
+  });
 }
 
 template <class T> void bind_cpu(py::module_& m, const std::string& suffix) {
-  m.def(("cpu_sinkhorn_" + suffix).c_str(), [](const py::dict& d, int threads) {
-    const auto task = sinkhorn_task<T>(d);
+  m.def(("cpu_sinkhorn_" + suffix).c_str(), [](const py::tuple& values, int threads) {
+    const auto task = sinkhorn_task<T>(values);
     py::gil_scoped_release release;
     pk::cpu_sinkhorn(task, threads);
   });
-  m.def(("cpu_token_cost_" + suffix).c_str(), [](const py::dict& d, int threads) {
-    const auto task = cost_task<T>(d);
-    py::gil_scoped_release release;
-    pk::cpu_token_cost(task, threads);
-  });
-  m.def(("cpu_transport_attention_" + suffix).c_str(), [](const py::dict& d, int threads) {
-    const auto task = attention_task<T>(d);
-    py::gil_scoped_release release;
-    pk::cpu_transport_attention(task, threads);
-  });
+  bind_task(m, "cpu_token_cost_" + suffix, pk::cpu_token_cost<T>);
+  bind_task(m, "cpu_token_cost_gradient_" + suffix, pk::cpu_token_cost_gradient<T>);
+  bind_task(m, "cpu_transport_attention_" + suffix, pk::cpu_transport_attention<T>);
+  bind_task(m, "cpu_fusion_gradient_" + suffix, pk::cpu_fusion_gradient<T>);
+  bind_task(m, "cpu_plan_" + suffix, pk::cpu_plan<T>);
+  bind_task(m, "cpu_plan_sums_" + suffix, pk::cpu_plan_sums<T>);
+  bind_task(m, "cpu_plan_backward_" + suffix, pk::cpu_plan_backward<T>);
+  bind_task(m, "cpu_implicit_" + suffix, pk::cpu_implicit<T>);
+  bind_task(m, "cpu_unrolled_" + suffix, pk::cpu_unrolled<T>);
+  bind_task(m, "cpu_points_solve_" + suffix, pk::cpu_points_solve<T>);
+  bind_task(m, "cpu_points_self_" + suffix, pk::cpu_points_self<T>);
+  bind_task(m, "cpu_points_transform_" + suffix, pk::cpu_points_transform<T>);
+  bind_task(m, "cpu_points_product_" + suffix, pk::cpu_points_product<T>);
 }
 
 #ifdef PK_HAVE_CUDA
 template <class T> void bind_cuda(py::module_& m, const std::string& suffix) {
   m.def(("cuda_sinkhorn_workspace_" + suffix).c_str(),
-        [](const py::dict& d) { return pk::cuda_sinkhorn_workspace(sinkhorn_task<T>(d)); });
-  m.def(("cuda_sinkhorn_" + suffix).c_str(), [](const py::dict& d, uintptr_t workspace, int device, uintptr_t stream) {
-    const auto task = sinkhorn_task<T>(d);
+        [](const py::tuple& values) { return pk::cuda_sinkhorn_workspace(sinkhorn_task<T>(values)); });
+  m.def(("cuda_sinkhorn_" + suffix).c_str(), [](const py::tuple& values, uintptr_t workspace, int device, uintptr_t stream) {
+    const auto task = sinkhorn_task<T>(values);
     const char* problem;
     {
       py::gil_scoped_release release;

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The usual types first: isinstance of an abstract class is slow.
+REAL, INTEGRAL = (float, int, Real), (int, Integral)
 
 
 def floating(who: str, name: str, value: object, ndim: int | None = None) -> Tensor:
@@ -25,7 +27,10 @@ def floating(who: str, name: str, value: object, ndim: int | None = None) -> Ten
 
 def working_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any tensor is float64, else float32: half precision is accumulated in float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def same_device(who: str, first: Tensor, **others: object) -> None:
@@ -68,37 +73,48 @@ def readable(*tensors: Tensor) -> bool:
     )
 
 
+def extremes(value: Tensor) -> tuple[float, float]:
+    """Smallest and largest entry, both NaN if any is; (1, 1) without entries."""
+    if value.numel() == 0:
+        return 1.0, 1.0
+    low, high = value.detach().aminmax()
+    return low.item(), high.item()
+
+
 def weights(who: str, name: str, value: Tensor) -> None:
     """Raise for negative or non-finite weights; CPU tensors only, others are reported through the residual."""
-    if readable(value) and not bool(((value >= 0) & torch.isfinite(value)).all()):
+    if not readable(value):
+        return
+    low, high = extremes(value)
+    if not 0.0 <= low <= high < math.inf:
         raise ValueError(f"{who}: {name} has negative or non-finite entries, expected finite weights >= 0.")
 
 
 def unit_interval(who: str, name: str, value: float) -> float:
     """Return value if it is in (0, 1]."""
-    if not isinstance(value, Real) or not 0.0 < float(value) <= 1.0:
+    if not isinstance(value, REAL) or not 0.0 < float(value) <= 1.0:
         raise ValueError(f"{who}: {name} is {value!r}, expected a number in (0, 1].")
     return float(value)
 
 
 def number(who: str, name: str, value: float) -> float:
     """Return value if it is a finite number."""
-    if not isinstance(value, Real) or not math.isfinite(value):
+    if not isinstance(value, REAL) or not math.isfinite(value):
         raise ValueError(f"{who}: {name} is {value!r}, expected a finite number.")
     return float(value)
 
 
 def positive(who: str, name: str, value: float) -> float:
     """Return value if it is a finite number > 0."""
-    if not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
+    if not isinstance(value, REAL) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{who}: {name} is {value!r}, expected a finite number > 0.")
     return float(value)
 
 
 def stopping(who: str, max_iters: int, tol: float) -> tuple[int, float]:
     """Return (max_iters, tol) if max_iters is in [1, 2^31) and tol >= 0."""
-    if isinstance(max_iters, bool) or not isinstance(max_iters, Integral) or not 1 <= max_iters < 2**31:
+    if isinstance(max_iters, bool) or not isinstance(max_iters, INTEGRAL) or not 1 <= max_iters < 2**31:
         raise ValueError(f"{who}: max_iters is {max_iters!r}, expected an int >= 1 (and < 2^31, where it is counted).")
-    if not isinstance(tol, Real) or not tol >= 0:
+    if not isinstance(tol, REAL) or not tol >= 0:
         raise ValueError(f"{who}: tol is {tol!r}, expected a number >= 0 (0 runs all iterations).")
     return int(max_iters), float(tol)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _dispatch
-from ._cpu import sinkhorn_task
+from ._cpu.sinkhorn import sinkhorn_task
 
 
 def sinkhorn(cost: Tensor, *others: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

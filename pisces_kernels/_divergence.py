@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, reference
+from ._cpu import points as cpu
 from ._points import check_points, sinkhorn_points
 from ._points_result import PointsResult
 from ._precision import full_precision
@@ -57,7 +58,7 @@ def sinkhorn_divergence(
         max_iters: most iterations of each term.
         tol: each term stops when its residual is smaller. The error of the result is of second order in it.
         acceleration: None or "anderson", for OT(x, y).
-        backend: None (the best that can run) or "reference".
+        backend: None (the best that can run), "reference" or "cpu".
 
     Returns:
         [...]. NaN for problems with a point that is not finite. CPU tensors get a RuntimeWarning when a term has not
@@ -141,6 +142,7 @@ def _self_transport(
         max_iters,
         tol,
         like.cost,
+        like.backend,
     )
     f, residual = f.reshape(weights.shape), residual.reshape(batch)
     return PointsResult(
@@ -160,14 +162,25 @@ def _self_transport(
         x=points,
         y=points,
         cost=like.cost,
+        backend=like.backend,
     )
 
 
 @torch.library.custom_op("pisces_kernels::self_transport", mutates_args=())
 def _self_transport_op(
-    x: Tensor, a: Tensor, epsilon: Tensor, tau: float, mask: Tensor | None, max_iters: int, tol: float, cost: str
+    x: Tensor,
+    a: Tensor,
+    epsilon: Tensor,
+    tau: float,
+    mask: Tensor | None,
+    max_iters: int,
+    tol: float,
+    cost: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Potential f = g of P clouds [P, N, D] with themselves: (f [P, N], n_iters int32, residual); no gradient."""
+    if backend == "cpu":
+        return cpu.self_transport(x, a, epsilon, tau, mask, max_iters, tol, cost)
     broken = ~Points.of(x, x, cost).finite()
     x = torch.where(broken[:, None, None], 0.0, x)
     points = Points.of(x, x, cost)

@@ -10,13 +10,20 @@ and the same with Q^T for dg, where R acts on dcost row by row.
 The transposed system gives the gradient from the gradients of f and g; the longer side is eliminated, which leaves one
 dense system of the shorter side per problem. Exact mass is the same with tau in {0, 1} per entry (0 where the cap on
 the marginal is slack) and one more unknown, the multiplier of the mass.
+
+The formulas are differentiable torch code: the reference, and what gives second derivatives of the compiled operator.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ._cpu import gradients as _cpu_gradients
+from ._formulas import differentiable_by
+from ._vmap import fold_into_problems
 from .reference import bounded, log_weights
 
 
@@ -55,10 +62,24 @@ def _solve(
     q, r = torch.linalg.qr(system)
     short = torch.linalg.solve_triangular(r, q.mT @ target, upper=True).to(first.dtype)
     long = rest - second @ short
-    return (short, long) if rows_short else (long, short)
+    x, y = (short, long) if rows_short else (long, short)
+    if gauge is None:
+        return x, y
+    # Of all solutions the one with sum x = sum y: it treats rows and columns alike, whichever are more.
+    row_sums, col_sums = gauge.sum(-1).unsqueeze(-1), gauge.sum(-2).unsqueeze(-1)
+    total = (row_sums.sum(1, keepdim=True) + col_sums.sum(1, keepdim=True)).clamp_min(torch.finfo(x.dtype).tiny)
+    excess = (x.sum(1, keepdim=True) - y.sum(1, keepdim=True)) / total
+    return x - excess * row_sums, y + excess * col_sums
 
 
-def potentials_gradient(
+def _full(potential: Tensor, mask: Tensor) -> Tensor:
+    """1 where the exact mass fills a marginal, 0 where its cap is slack: at the largest potential, up to rounding."""
+    top = torch.where(mask, potential, -torch.inf).amax(-1, keepdim=True)
+    rounding = 4 * torch.finfo(potential.dtype).eps * torch.where(mask, potential.abs(), 0.0).amax(-1, keepdim=True)
+    return (potential < top - rounding).to(potential.dtype)
+
+
+def formulas(
     grad_f: Tensor,
     grad_g: Tensor,
     cost: Tensor,
@@ -67,13 +88,12 @@ def potentials_gradient(
     epsilon: Tensor,
     f: Tensor,
     g: Tensor,
-    *,
     tau_a: float,
     tau_b: float,
-    mass: Tensor | None,
+    exact_mass: bool,
     row_mask: Tensor | None,
     col_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients with respect to cost, a, b, epsilon and mass, given those with respect to f and g.
 
     Args:
@@ -87,12 +107,12 @@ def potentials_gradient(
         g: [P, M], solution.
         tau_a: see `reference.sinkhorn`.
         tau_b: see `reference.sinkhorn`.
-        mass: [P] or None.
+        exact_mass: a mass is given.
         row_mask: [P, N] bool or None.
         col_mask: [P, M] bool or None.
 
     Returns:
-        (grad_cost [P, N, M], grad_a [P, N], grad_b [P, M], grad_epsilon [P], grad_mass [P] or None).
+        (grad_cost [P, N, M], grad_a [P, N], grad_b [P, M], grad_epsilon [P], grad_mass [P], 0 without a mass).
     """
     rows = torch.ones_like(a, dtype=torch.bool) if row_mask is None else row_mask
     cols = torch.ones_like(b, dtype=torch.bool) if col_mask is None else col_mask
@@ -118,10 +138,10 @@ def potentials_gradient(
     col_soft = col_density * weight_a.unsqueeze(-1)
 
     grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
-    grad_mass: Tensor | None = None
-    balanced = mass is None and tau_a == 1.0 and tau_b == 1.0
+    grad_mass = torch.zeros_like(epsilon)
+    balanced = not exact_mass and tau_a == 1.0 and tau_b == 1.0
     plan: Tensor | None = None
-    if balanced or mass is not None:
+    if balanced or exact_mass:
         plan = row_soft * (weight_a * ((f.unsqueeze(-1) / eps2 + row_lse).squeeze(-1)).exp()).unsqueeze(-1)
     if balanced:
         # Undo the choice sum a f = sum b g, made after the last iteration.
@@ -131,7 +151,7 @@ def potentials_gradient(
         grad_b = grad_b + torch.where(cols, drift * g, 0.0)
         grad_f, grad_g = grad_f - drift * weight_a, grad_g + drift * weight_b
 
-    if mass is None:
+    if not exact_mass:
         damp_a, damp_b = torch.full_like(a, tau_a), torch.full_like(b, tau_b)
         x, y = _solve(
             row_soft, col_soft, damp_a, damp_b, grad_f.unsqueeze(-1), grad_g.unsqueeze(-1), plan if balanced else None
@@ -139,10 +159,8 @@ def potentials_gradient(
         x, y = x.squeeze(-1), y.squeeze(-1)
         omega = None
     else:
-        top_f = torch.where(rows, f, -torch.inf).amax(-1, keepdim=True)
-        top_g = torch.where(cols, g, -torch.inf).amax(-1, keepdim=True)
-        damp_a, damp_b = (f < top_f).to(a.dtype), (g < top_g).to(b.dtype)
-        assert plan is not None  # for the type checker: set above whenever mass is given
+        damp_a, damp_b = _full(f, rows), _full(g, cols)
+        assert plan is not None  # for the type checker: set above with an exact mass
         row_sum, col_sum = plan.sum(-1), plan.sum(-2)
         xs, ys = _solve(
             row_soft,
@@ -159,7 +177,7 @@ def potentials_gradient(
         denominator = row_sum.sum(-1) - border[:, 1]
         omega = (level_grad - border[:, 0]) / torch.where(denominator == 0, 1.0, denominator)
         x, y = xs[..., 0] - omega[:, None] * xs[..., 1], ys[..., 0] - omega[:, None] * ys[..., 1]
-        grad_mass = epsilon.to(cost.dtype) * omega
+        grad_mass = epsilon * omega.to(epsilon.dtype)
 
     x, y = damp_a * x, damp_b * y
     grad_cost = row_soft * x.unsqueeze(-1) + col_soft * y.unsqueeze(-2)
@@ -174,4 +192,48 @@ def potentials_gradient(
         grad_epsilon = grad_epsilon + omega * (plan * exponent).sum((-2, -1))
         grad_a = grad_a - eps * omega[:, None] * (density * weight_b.unsqueeze(-2)).sum(-1)
         grad_b = grad_b - eps * omega[:, None] * (density * weight_a.unsqueeze(-1)).sum(-2)
+    return grad_cost, grad_a, grad_b, grad_epsilon.to(epsilon.dtype), grad_mass
+
+
+@torch.library.custom_op("pisces_kernels::sinkhorn_implicit_backward", mutates_args=())
+def _implicit_backward_op(
+    grad_f: Tensor,
+    grad_g: Tensor,
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: Tensor,
+    f: Tensor,
+    g: Tensor,
+    tau_a: float,
+    tau_b: float,
+    exact_mass: bool,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`formulas`, compiled; what it cannot hold (sums of the plan beyond float64, NaN) is left to the formulas."""
+    tensors, options = (grad_f, grad_g, cost, a, b, epsilon, f, g), (tau_a, tau_b, exact_mass)
+    *results, sound = _cpu_gradients.implicit(*tensors, *options, row_mask, col_mask)
+    if not bool(sound.all()):
+        inputs: list[Any] = [*tensors, *options, row_mask, col_mask]
+        some = [value[~sound] if isinstance(value, Tensor) else value for value in inputs]
+        for result, value in zip(results, formulas(*some), strict=True):
+            result[~sound] = value
+    grad_cost, grad_a, grad_b, grad_epsilon, grad_mass = results
     return grad_cost, grad_a, grad_b, grad_epsilon, grad_mass
+
+
+@_implicit_backward_op.register_fake
+def _(grad_f: Tensor, grad_g: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    cost, a, b, epsilon = inputs[:4]
+    results = (cost, a, b, epsilon, epsilon)
+    return tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in results)
+
+
+fold_into_problems(_implicit_backward_op)
+_compiled = differentiable_by(_implicit_backward_op, formulas)
+
+
+def potentials_gradient(*inputs: Any, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`formulas` on the back end of the forward solve; same arguments and results."""
+    return _compiled(*inputs) if backend == "cpu" else formulas(*inputs)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _checks, _dispatch, _problem, reference
 from ._autograd import differentiable
+from ._cpu import points as cpu
 from ._points_result import PointsResult, once_differentiable
 from ._precision import full_precision, without_autocast
 from ._streamed_gradient import streamed_gradient
@@ -17,7 +18,7 @@ from ._vmap import fold_into_problems
 
 WHO = "sinkhorn_points"
 GRADIENTS = ("implicit", "none")
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
 def sinkhorn_points(
@@ -44,9 +45,9 @@ def sinkhorn_points(
 
     The problems, conventions and iteration are those of `sinkhorn` with
     cost_ij = |x_i - y_j|^2 ("sqeuclidean", without 1/2) or 1 - cos(x_i, y_j) ("cosine"; a zero vector has cosine 0).
-    Every iteration computes the cost again, in tiles of at most 2^20 entries: memory is O((N + M) D), forward and
-    backward. Matrix products are computed in full float32 or float64, whatever TF32 or autocast say; the points are
-    centred first, so that clouds far from the origin lose nothing.
+    Every iteration computes the cost again, tile by tile: memory is O((N + M) D), forward and backward. Matrix products
+    are computed in full float32 or float64, whatever TF32 or autocast say; the points are centred first, so that clouds
+    far from the origin lose nothing.
 
     Args:
         x: [..., N, D] floating, finite. float16 and bfloat16 are solved in float32.
@@ -66,7 +67,7 @@ def sinkhorn_points(
         f_init: [..., N], potentials to start from (with `f_init` alone the iteration starts with g).
         g_init: [..., M].
         gradient: "implicit" (exact at the fixed point) or "none".
-        backend: None (the best that can run) or "reference".
+        backend: None (the best that can run), "reference" or "cpu"; also for everything that follows from the result.
 
     Returns:
         `PointsResult`, with `value`, `transport_cost`, `marginals`, `apply` (plan times a matrix) and `barycentric`,
@@ -134,7 +135,7 @@ def sinkhorn_points(
         cost,
         chosen,
     )
-    return PointsResult(**problem.solution(f, g, n_iters, residual), x=x, y=y, cost=cost)
+    return PointsResult(**problem.solution(f, g, n_iters, residual), x=x, y=y, cost=cost, backend=chosen)
 
 
 def check_points(who: str, x: Tensor, y: Tensor, cost: str) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -186,6 +187,25 @@ def _sinkhorn_points_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve P problems between prepared clouds [P, N, D], [P, M, D]: (f, g, n_iters int32, residual)."""
+    if backend == "cpu":
+        return cpu.sinkhorn_points(
+            x,
+            y,
+            a,
+            b,
+            epsilon,
+            tau_a=tau_a,
+            tau_b=tau_b,
+            mass=mass,
+            row_mask=row_mask,
+            col_mask=col_mask,
+            max_iters=max_iters,
+            tol=tol,
+            acceleration=acceleration,
+            f_init=f_init,
+            g_init=g_init,
+            cost=cost,
+        )
     broken = ~Points.of(x, y, cost).finite()
     x, y = (torch.where(broken[:, None, None], 0.0, points) for points in (x, y))
     points = Points.of(x, y, cost)
@@ -242,13 +262,14 @@ def _sinkhorn_points_backward_op(
     tau_a: float,
     tau_b: float,
     cost: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, y, a, b, epsilon and mass (zeros without one)."""
     with full_precision(x.device):
         *grads, grad_epsilon, grad_mass = streamed_gradient(
             grad_f,
             grad_g,
-            Points.of(x, y, cost),
+            Points.of(x, y, cost, backend),
             a,
             b,
             epsilon,
@@ -274,11 +295,11 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, a, b, epsilon, tau_a, tau_b, mass, row_mask, col_mask, *_, cost, _ = inputs
+    x, y, a, b, epsilon, tau_a, tau_b, mass, row_mask, col_mask, *_, cost, backend = inputs
     f, g, n_iters, residual = output
     ctx.mark_non_differentiable(n_iters, residual)
     ctx.save_for_backward(x, y, a, b, epsilon, f, g, mass, row_mask, col_mask)
-    ctx.options = (tau_a, tau_b, cost)
+    ctx.options = (tau_a, tau_b, cost, backend)
 
 
 @without_autocast

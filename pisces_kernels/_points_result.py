@@ -39,11 +39,13 @@ class PointsResult(Solution):
             reached, the problem is infeasible (balanced with unequal masses), or the residual is NaN.
         x: [..., N, D], y: [..., M, D], cost: its name, a: [..., N], b: [..., M], epsilon: [...], tau: (tau_a, tau_b),
             mass: [...] or None, row_mask, col_mask, gradient: the problem that was solved.
+        backend: what solved it, and computes everything that follows: "reference" or "cpu".
     """
 
     x: Tensor
     y: Tensor
     cost: str
+    backend: str
 
     def apply(self, values: Tensor) -> Tensor:
         """Product of the plan with a matrix, plan @ values, streamed.
@@ -155,7 +157,7 @@ class PointsResult(Solution):
         """plan @ values, or its transpose @ values, with any potentials."""
         x, y, a, b, f, g = (self._flat(t) for t in (*self._prepared(), self.a, self.b, f, g))
         sides = (y, x, b, a, g, f) if turned else (x, y, a, b, f, g)
-        result = _plan_product(*sides, self._flat(self.epsilon), self._flat(values), self.cost)
+        result = _plan_product(*sides, self._flat(self.epsilon), self._flat(values), self.cost, self.backend)
         return result.reshape(*self.epsilon.shape, *result.shape[1:])
 
     def _dense(self) -> SinkhornResult:
@@ -219,20 +221,39 @@ _cost_matrix = differentiable(_cost_matrix_op, _cost_matrix_gradient, _cost_matr
 
 @torch.library.custom_op("pisces_kernels::plan_product", mutates_args=())
 def _plan_product_op(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: Tensor, values: Tensor, cost: str
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    epsilon: Tensor,
+    values: Tensor,
+    cost: str,
+    backend: str,
 ) -> Tensor:
     """Plan of two prepared clouds times values [P, M, E]: [P, N, E]."""
     eps = epsilon.to(f.dtype).unsqueeze(-1)
     (la, has_a), (lb, has_b) = log_or_zero(a), log_or_zero(b)
+    points = Points.of(x, y, cost, backend)
     with full_precision(x.device):
-        result, _ = products(Points.of(x, y, cost), f / eps + la, g / eps + lb, eps, has_b.unsqueeze(-1) * values, None)
+        result, _ = products(points, f / eps + la, g / eps + lb, eps, has_b.unsqueeze(-1) * values, None)
     assert result is not None  # for the type checker
     return has_a.unsqueeze(-1) * result
 
 
 @_plan_product_op.register_fake
 def _(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: Tensor, values: Tensor, cost: str
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    epsilon: Tensor,
+    values: Tensor,
+    cost: str,
+    backend: str,
 ) -> Tensor:
     return f.new_empty(*f.shape, values.shape[-1])
 
@@ -249,12 +270,13 @@ def _plan_product_backward_op(
     epsilon: Tensor,
     values: Tensor,
     cost: str,
+    backend: str,
     with_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, y, a, b, f, g, epsilon and, if they are wanted, values (else [P, M, 0])."""
     eps = epsilon.to(f.dtype).unsqueeze(-1)
     (la, has_a), (lb, has_b) = log_or_zero(a), log_or_zero(b)
-    points, row, col = Points.of(x, y, cost), f / eps + la, g / eps + lb
+    points, row, col = Points.of(x, y, cost, backend), f / eps + la, g / eps + lb
     to_values = values[..., :0].clone()
     with full_precision(x.device):
         # W = plan * (grad values^T) is minus epsilon times the gradient of the cost.
@@ -288,6 +310,7 @@ def _(
     epsilon: Tensor,
     values: Tensor,
     cost: str,
+    backend: str,
     with_values: bool,
 ) -> tuple[Tensor, ...]:
     like = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, y, a, b, f, g, epsilon)]
@@ -296,14 +319,14 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:8])
-    ctx.cost = inputs[8]
+    ctx.options = inputs[8:]
 
 
 @without_autocast
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[7]
-    *grads, to_values = _gradients(grad, *ctx.saved_tensors, ctx.cost, wanted)
-    return (*grads, to_values if wanted else None, None)
+    *grads, to_values = _gradients(grad, *ctx.saved_tensors, *ctx.options, wanted)
+    return (*grads, to_values if wanted else None, None, None)
 
 
 fold_into_problems(_plan_product_op)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from . import _checks
 ACCELERATIONS = (None, "anderson")
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Checked arguments, expanded to the batch: a [..., N], b [..., M], epsilon [...] float64, mass [...] float64."""
 
     batch: tuple[int, ...]
@@ -36,24 +35,21 @@ class Problem:
 
     def flat(self, tensor: Tensor | None) -> Tensor | None:
         """[..., X] -> [P, X], the problems in one dimension."""
-        if tensor is None:
-            return None
-        n_problems = 1
-        for size in self.batch:
-            n_problems *= size
-        return tensor.reshape(n_problems, *tensor.shape[len(self.batch) :])
+        return None if tensor is None else flat(tensor, self.batch)
 
     def constant_unless_differentiated(self, tensor: Tensor | None) -> Tensor | None:
         """The tensor, detached with gradient="none"."""
         return tensor.detach() if tensor is not None and self.gradient == "none" else tensor
 
     def solution(self, f: Tensor, g: Tensor, n_iters: Tensor, residual: Tensor) -> dict[str, Any]:
-        """Fields of `Solution` from the flat results of a solve."""
-        residual = residual.reshape(self.batch)
+        """Fields of `Solution` from the results of a solve, in the shape of the batch or flat."""
+        if residual.ndim != len(self.batch):
+            f, g = f.reshape(self.a.shape), g.reshape(self.b.shape)
+            n_iters, residual = n_iters.reshape(self.batch), residual.reshape(self.batch)
         return {
-            "f": f.reshape(self.a.shape),
-            "g": g.reshape(self.b.shape),
-            "n_iters": n_iters.reshape(self.batch),
+            "f": f,
+            "g": g,
+            "n_iters": n_iters,
             "residual": residual,
             "converged": residual.double() < self.tol if self.tol > 0 else residual == 0,
             "a": self.a,
@@ -65,6 +61,11 @@ class Problem:
             "col_mask": self.col_mask,
             "gradient": self.gradient,
         }
+
+
+def flat(tensor: Tensor, batch: Sequence[int]) -> Tensor:
+    """[..., X] -> [P, X], the problems in one dimension."""
+    return tensor.reshape(math.prod(batch), *tensor.shape[len(batch) :])
 
 
 def check(
@@ -117,10 +118,10 @@ def check(
             f"{who}: gradient='unrolled' differentiates plain iterations, got acceleration={acceleration!r}. "
             "Use gradient='implicit', or acceleration=None."
         )
-    taus = tuple(tau) if isinstance(tau, tuple | list) else (tau, tau)
+    taus = tau if isinstance(tau, (tuple, list)) else (tau, tau)
     if len(taus) != 2:
         raise ValueError(f"{who}: tau has {len(taus)} entries, expected a number or (tau_a, tau_b).")
-    tau_a, tau_b = (_checks.unit_interval(who, "tau", t) for t in taus)
+    tau_a, tau_b = _checks.unit_interval(who, "tau", taus[0]), _checks.unit_interval(who, "tau", taus[1])
     if mass is not None and (tau_a, tau_b) != (1.0, 1.0):
         raise ValueError(f"{who}: got tau={tau} and mass={mass}, which exclude each other. Pass one of them.")
 
@@ -187,6 +188,8 @@ def _per_problem(who: str, name: str, value: float | Tensor, batch: list[int], d
     if not isinstance(value, Tensor):
         return torch.full(batch, _checks.positive(who, name, value), dtype=torch.float64, device=device)
     value = _checks.broadcast(who, name, value.to(device, torch.float64), batch, "one number, or one per problem")
-    if _checks.readable(value) and not bool(((value > 0) & torch.isfinite(value)).all()):
-        raise ValueError(f"{who}: {name} has entries <= 0 or non-finite ones, expected finite numbers > 0.")
+    if _checks.readable(value):
+        low, high = _checks.extremes(value)
+        if not 0.0 < low <= high < math.inf:
+            raise ValueError(f"{who}: {name} has entries <= 0 or non-finite ones, expected finite numbers > 0.")
     return value

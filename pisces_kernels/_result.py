@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _plan, reference
 from ._precision import without_autocast
 
 
@@ -65,14 +65,24 @@ class SinkhornResult(Solution):
 
     cost: Tensor
 
+    _backend: str = "reference"  # computes what follows from the potentials; not part of the result
+
     def _clean_cost(self) -> tuple[Tensor, Tensor]:
         """Cost in the working dtype with 0 where masked, and which entries exist. [..., N, M]"""
-        keep = torch.ones_like(self.cost, dtype=torch.bool)
-        if self.row_mask is not None:
-            keep = keep & self.row_mask.unsqueeze(-1)
-        if self.col_mask is not None:
-            keep = keep & self.col_mask.unsqueeze(-2)
-        return torch.where(keep, self.cost.to(self.f.dtype), 0.0), keep
+        return _plan.clean(self.cost.to(self.f.dtype), self.row_mask, self.col_mask)
+
+    def _flat(self) -> tuple[Any, ...]:
+        """Arguments of the operators of `_plan`, the problems in one dimension."""
+        cost, masks = self.cost.to(self.f.dtype), (self.row_mask, self.col_mask)
+        return _flat((cost, self.f, self.g, self.a, self.b, self.epsilon, *masks), self.epsilon.ndim)
+
+    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of the plan over columns and over rows, and sum(plan * cost)."""
+        if self._backend == "cpu":
+            rows, cols, energy = _plan.plan_sums(*self._flat())
+            return rows.reshape(self.f.shape), cols.reshape(self.g.shape), energy.reshape(self.epsilon.shape)
+        plan = self.plan()
+        return plan.sum(-1), plan.sum(-2), (plan * self._clean_cost()[0]).sum((-2, -1))
 
     def log_plan(self) -> Tensor:
         """Logarithm of the plan, (f + g - cost) / epsilon + log a + log b; -inf where masked or without weight.
@@ -82,7 +92,7 @@ class SinkhornResult(Solution):
         """
         cost, keep = self._clean_cost()
         logs = reference.log_weights(self.a).unsqueeze(-1) + reference.log_weights(self.b).unsqueeze(-2)
-        exponent = _exponent(cost, self.f, self.g, self.a, self.b, self.epsilon)
+        exponent = _plan.exponent(cost, self.f, self.g, self.a, self.b, self.epsilon)
         return torch.where(keep, exponent + logs, -torch.inf)
 
     def plan(self) -> Tensor:
@@ -91,8 +101,10 @@ class SinkhornResult(Solution):
         Returns:
             [..., N, M].
         """
+        if self._backend == "cpu":
+            return _plan.plan(*self._flat()).reshape(self.cost.shape)
         cost, keep = self._clean_cost()
-        density = _exponent(cost, self.f, self.g, self.a, self.b, self.epsilon).exp()
+        density = _plan.exponent(cost, self.f, self.g, self.a, self.b, self.epsilon).exp()
         return torch.where(keep, density * self.a.unsqueeze(-1) * self.b.unsqueeze(-2), 0.0)
 
     def marginals(self) -> tuple[Tensor, Tensor]:
@@ -101,13 +113,13 @@ class SinkhornResult(Solution):
         Returns:
             ([..., N], [..., M]).
         """
-        plan = self.plan()
-        return plan.sum(-1), plan.sum(-2)
+        rows, cols, _ = self._sums()
+        return rows, cols
 
     @property
     def transport_cost(self) -> Tensor:
         """sum(plan * cost), [...]; its gradient goes through the plan."""
-        return (self.plan() * self._clean_cost()[0]).sum((-2, -1))
+        return self._sums()[2]
 
     @property
     def value(self) -> Tensor:
@@ -123,18 +135,19 @@ class SinkhornResult(Solution):
         own gradient, the second derivative of the value, goes through the potentials. With gradient="unrolled" the
         value is differentiated through the iterations that ran.
         """
-        cost, keep = self._clean_cost()
-        inputs = (cost, self.a, self.b, self.epsilon, self.mass, self.f, self.g)
-        masks = (keep, self.row_mask, self.col_mask)
+        inputs = (self.cost.to(self.f.dtype), self.a, self.b, self.epsilon, self.mass, self.f, self.g)
+        options = (self.tau, self.row_mask, self.col_mask, self._backend)
         if self.gradient == "unrolled":
-            return _dense_dual(*inputs, self.tau, *masks)
-        return _Value.apply(*inputs, self.tau, *masks)
+            return _dense_dual(*inputs, *options)
+        return _Value.apply(*inputs, *options)
 
 
-def _exponent(cost: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> Tensor:
-    """(f + g - cost) / epsilon, bounded where the weights are zero. [..., N, M]"""
-    exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon.to(f.dtype)[..., None, None]
-    return reference.bounded(exponent, (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2))
+def _flat(tensors: tuple[Tensor | None, ...], n_dims: int) -> tuple[Any, ...]:
+    """The first n_dims dimensions of each tensor as one."""
+    return tuple(
+        None if tensor is None else tensor.reshape(tensor.shape[:n_dims].numel(), *tensor.shape[n_dims:])
+        for tensor in tensors
+    )
 
 
 def _top(potential: Tensor, mask: Tensor | None) -> Tensor:
@@ -253,12 +266,17 @@ def _dense_dual(
     f: Tensor,
     g: Tensor,
     tau: tuple[float, float],
-    keep: Tensor,
     row_mask: Tensor | None,
     col_mask: Tensor | None,
+    backend: str,
 ) -> Tensor:
-    density = torch.where(keep, _exponent(cost, f, g, a, b, epsilon).exp(), 0.0)
-    total = (density * a.unsqueeze(-1) * b.unsqueeze(-2)).sum((-2, -1))
+    if backend == "cpu":
+        rows, _, _ = _plan.plan_sums(*_flat((cost, f, g, a, b, epsilon, row_mask, col_mask), epsilon.ndim))
+        total = rows.sum(-1).reshape(epsilon.shape)
+    else:
+        cost, keep = _plan.clean(cost, row_mask, col_mask)
+        density = torch.where(keep, _plan.exponent(cost, f, g, a, b, epsilon).exp(), 0.0)
+        total = (density * a.unsqueeze(-1) * b.unsqueeze(-2)).sum((-2, -1))
     return dual_value(total, a, b, epsilon, mass, f, g, tau, row_mask, col_mask)
 
 
@@ -273,29 +291,47 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        cost, a, b, epsilon, mass, f, g, tau, keep, row_mask, col_mask = inputs
-        ctx.save_for_backward(cost, a, b, epsilon, mass, f, g, keep, row_mask, col_mask)
-        ctx.tau = tau
+        *tensors, tau, row_mask, col_mask, backend = inputs
+        ctx.save_for_backward(*tensors, row_mask, col_mask)
+        ctx.options = tau, backend
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cost, a, b, epsilon, mass, f, g, keep, row_mask, col_mask = ctx.saved_tensors
-        exponent = _exponent(cost, f, g, a, b, epsilon)
-        density = torch.where(keep, exponent.exp(), 0.0)
-        row_density = (density * b.unsqueeze(-2)).sum(-1)
-        col_density = (density * a.unsqueeze(-1)).sum(-2)
-        plan = density * a.unsqueeze(-1) * b.unsqueeze(-2)
-        energy = (plan * exponent).sum((-2, -1))
-        total = plan.sum((-2, -1))
-        by_a, by_b, by_epsilon, by_mass = _envelope(
-            total, row_density, col_density, energy, a, b, epsilon, mass, f, g, ctx.tau, row_mask, col_mask
-        )
+        cost, a, b, epsilon, mass, f, g, row_mask, col_mask = ctx.saved_tensors
+        tau, backend = ctx.options
+        rest = (a, b, epsilon, mass, f, g, tau, row_mask, col_mask)
+        if backend == "cpu":
+            # The value is -epsilon sum(plan) and what does not depend on the cost. One pass gives the first part's.
+            by_rows = -(epsilon.to(f.dtype) * grad).unsqueeze(-1).expand(a.shape)
+            batch = epsilon.shape
+            by_rows, *inputs = _flat((by_rows, cost, f, g, a, b, epsilon, row_mask, col_mask), len(batch))
+            to_cost, to_f, _, to_a, to_b, to_epsilon = _plan.plan_gradients(None, by_rows, None, None, *inputs)
+            nothing = torch.zeros_like(grad)
+            by_a, by_b, by_epsilon, by_mass = _envelope(
+                nothing, torch.zeros_like(a), torch.zeros_like(b), nothing, *rest
+            )
+            grad_cost = to_cost.reshape(cost.shape)
+            grad_a = to_a.reshape(a.shape) + grad.unsqueeze(-1) * by_a
+            grad_b = to_b.reshape(b.shape) + grad.unsqueeze(-1) * by_b
+            # to_f sums to -grad sum(plan)
+            grad_epsilon = (to_epsilon + to_f.sum(-1)).reshape(batch) + grad * by_epsilon
+        else:
+            cost, keep = _plan.clean(cost, row_mask, col_mask)
+            exponent = _plan.exponent(cost, f, g, a, b, epsilon)
+            density = torch.where(keep, exponent.exp(), 0.0)
+            row_density = (density * b.unsqueeze(-2)).sum(-1)
+            col_density = (density * a.unsqueeze(-1)).sum(-2)
+            plan = density * a.unsqueeze(-1) * b.unsqueeze(-2)
+            energy = (plan * exponent).sum((-2, -1))
+            by_a, by_b, by_epsilon, by_mass = _envelope(plan.sum((-2, -1)), row_density, col_density, energy, *rest)
+            grad_cost = grad[..., None, None] * plan
+            grad_a, grad_b, grad_epsilon = grad.unsqueeze(-1) * by_a, grad.unsqueeze(-1) * by_b, grad * by_epsilon
         return (
-            grad[..., None, None] * plan,
-            grad.unsqueeze(-1) * by_a,
-            grad.unsqueeze(-1) * by_b,
-            (grad * by_epsilon).to(epsilon.dtype),
+            grad_cost,
+            grad_a,
+            grad_b,
+            grad_epsilon.to(epsilon.dtype),
             None if by_mass is None or mass is None else (grad * by_mass).to(mass.dtype),
             *([None] * 6),
         )

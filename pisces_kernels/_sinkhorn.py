@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _problem, reference
+from . import _checks, _cuda, _dispatch, _problem, reference
 from ._autograd import differentiable
+from ._cpu.sinkhorn import sinkhorn as cpu_sinkhorn
 from ._implicit import potentials_gradient
 from ._precision import without_autocast
 from ._result import SinkhornResult
 from ._unrolled import unrolled_gradients
-from ._vmap import fold_into_problems
+from ._vmap import lead_with_mapped
 
 WHO = "sinkhorn"
 GRADIENTS = ("implicit", "unrolled", "none")
@@ -122,29 +125,43 @@ def sinkhorn(
         gradient=gradient,
     )
     chosen = _dispatch.resolve(WHO, backend, cost.device, _dispatch.BACKENDS)
-    flat, held = problem.flat, problem.constant_unless_differentiated
+    held = problem.constant_unless_differentiated
     with_start = gradient == "unrolled"  # the fixed point does not depend on where the iteration starts
     f_start, g_start = (
         start if start is None or with_start else start.detach() for start in (problem.f_init, problem.g_init)
     )
     f, g, n_iters, residual = _solve(
-        flat(held(cost.to(problem.dtype))),
-        flat(held(problem.a)),
-        flat(held(problem.b)),
-        flat(held(problem.epsilon)),
+        held(cost.to(problem.dtype)),
+        held(problem.a),
+        held(problem.b),
+        held(problem.epsilon),
         *problem.tau,
-        flat(held(problem.mass)),
-        flat(problem.row_mask),
-        flat(problem.col_mask),
+        held(problem.mass),
+        problem.row_mask,
+        problem.col_mask,
         problem.max_iters,
         problem.tol,
         acceleration,
-        flat(f_start),
-        flat(g_start),
+        f_start,
+        g_start,
         gradient,
         chosen,
     )
-    return SinkhornResult(**problem.solution(f, g, n_iters, residual), cost=cost)
+    return SinkhornResult(**problem.solution(f, g, n_iters, residual), cost=cost, _backend=chosen)
+
+
+def _reference(cost: Tensor, *others: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """`reference.sinkhorn`, with any leading dimensions."""
+    batch = cost.shape[:-2]
+
+    def flat(value: Any) -> Any:
+        return _problem.flat(value, batch) if isinstance(value, Tensor) else value
+
+    results = reference.sinkhorn(*map(flat, (cost, *others)), **{name: flat(value) for name, value in options.items()})
+    return tuple(result.reshape(batch + result.shape[1:]) for result in results)
+
+
+SOLVERS = {"reference": _reference, "cpu": cpu_sinkhorn, "cuda": _cuda.sinkhorn}
 
 
 @torch.library.custom_op("pisces_kernels::sinkhorn", mutates_args=())
@@ -166,13 +183,8 @@ def _sinkhorn_op(
     gradient: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Solve [P, N, M] problems on one back end: (f, g, n_iters int32, residual)."""
-    solve: Any = reference.sinkhorn
-    if backend == "cpu":
-        from ._cpu import sinkhorn as solve
-    elif backend == "cuda":
-        from ._cuda import sinkhorn as solve
-    f, g, n_iters, residual = solve(
+    """Solve [..., N, M] problems on one back end: (f, g, n_iters int32, residual)."""
+    f, g, n_iters, residual = SOLVERS[backend](
         cost,
         a,
         b,
@@ -193,22 +205,21 @@ def _sinkhorn_op(
 
 @_sinkhorn_op.register_fake
 def _(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, *unused: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n_problems = cost.shape[0]
     return (
         torch.empty_like(a, memory_format=torch.contiguous_format),
         torch.empty_like(b, memory_format=torch.contiguous_format),
-        cost.new_empty(n_problems, dtype=torch.int32),
-        cost.new_empty(n_problems),
+        cost.new_empty(cost.shape[:-2], dtype=torch.int32),
+        cost.new_empty(cost.shape[:-2]),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cost, a, b, epsilon, tau_a, tau_b, mass, row_mask, col_mask, max_iters, _, _, f_init, g_init, gradient, _ = inputs
+    cost, a, b, epsilon, tau_a, tau_b, mass, row_mask, col_mask, max_iters, _, _, *starts, gradient, backend = inputs
     f, g, n_iters, residual = output
     ctx.mark_non_differentiable(n_iters, residual)
-    ctx.options = (tau_a, tau_b, max_iters, gradient)
+    ctx.options = (tau_a, tau_b, max_iters, gradient, backend)
     if gradient == "unrolled":
-        ctx.save_for_backward(cost, a, b, epsilon, mass, row_mask, col_mask, f_init, g_init, n_iters)
+        ctx.save_for_backward(cost, a, b, epsilon, mass, row_mask, col_mask, *starts, n_iters)
     else:
         ctx.save_for_backward(cost, a, b, epsilon, mass, row_mask, col_mask, f, g)
 
@@ -216,23 +227,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 @without_autocast
 def _backward(ctx: Any, grad_f: Tensor, grad_g: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     cost, a, b, epsilon, mass, row_mask, col_mask, *rest = ctx.saved_tensors
-    tau_a, tau_b, max_iters, gradient = ctx.options
+    tau_a, tau_b, max_iters, gradient, backend = ctx.options
     grad_f_init = grad_g_init = None
     if gradient == "unrolled":
         f_init, g_init, n_iters = rest
         *grads, to_mass, to_f, to_g = unrolled_gradients(
             grad_f, grad_g, cost, a, b, epsilon, mass, f_init, g_init, tau_a, tau_b, row_mask, col_mask, n_iters,
-            max_iters,
+            max_iters, backend,
         )  # fmt: skip
         grad_mass = None if mass is None else to_mass
         grad_f_init, grad_g_init = None if f_init is None else to_f, None if g_init is None else to_g
     else:
         f, g = rest
-        *grads, grad_mass = potentials_gradient(
-            grad_f, grad_g, cost, a, b, epsilon, f, g, tau_a=tau_a, tau_b=tau_b, mass=mass, row_mask=row_mask,
-            col_mask=col_mask,
+        *grads, to_mass = potentials_gradient(
+            grad_f, grad_g, cost, a, b, epsilon, f, g, tau_a, tau_b, mass is not None, row_mask, col_mask,
+            backend=backend,
         )  # fmt: skip
-        grad_mass = None if grad_mass is None or mass is None else grad_mass.to(mass.dtype)
+        grad_mass = None if mass is None else to_mass.to(mass.dtype)
     grad_cost, grad_a, grad_b, grad_epsilon = grads
     return (
         grad_cost, grad_a, grad_b, grad_epsilon.to(epsilon.dtype), None, None, grad_mass, None, None, None, None, None,
@@ -240,5 +251,20 @@ def _backward(ctx: Any, grad_f: Tensor, grad_g: Tensor, *unused: Tensor) -> tupl
     )  # fmt: skip
 
 
-fold_into_problems(_sinkhorn_op)
-_solve = differentiable(_sinkhorn_op, _backward, _setup_context)
+def _any_batch(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let formulas for problems in one dimension serve any leading dimensions."""
+
+    def run(ctx: Any, grad_f: Tensor, grad_g: Tensor, *unused: Tensor) -> Any:
+        batch = grad_f.shape[:-1]
+        if len(batch) == 1:
+            return backward(ctx, grad_f, grad_g)
+        grads = _problem.flat(grad_f, batch), _problem.flat(grad_g, batch)
+        saved = (None if tensor is None else _problem.flat(tensor, batch) for tensor in ctx.saved_tensors)
+        results = backward(SimpleNamespace(saved_tensors=tuple(saved), options=ctx.options), *grads)
+        return tuple(None if result is None else result.reshape(batch + result.shape[1:]) for result in results)
+
+    return run
+
+
+lead_with_mapped(_sinkhorn_op)
+_solve = differentiable(_sinkhorn_op, _any_batch(_backward), _setup_context)

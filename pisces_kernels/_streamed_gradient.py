@@ -108,7 +108,7 @@ def _solve(short: _Side, long: _Side, singular: bool) -> tuple[Tensor, Tensor]:
             stacklevel=2,
         )
     if singular:
-        z = z - null * z.sum(1, keepdim=True)  # the same choice as in `_implicit`
+        z = z - null * z.sum(1, keepdim=True)  # rounding may have grown along it
     w = target_long - across(z)
     return (tau * z).to(dtype), (tau_long * w).to(dtype)
 
@@ -190,6 +190,11 @@ def streamed_gradient(
     else:
         us, vs = _solve(col_side, row_side, balanced)
     v, u = vs[..., 0], us[..., 0]  # tau_a x [P, N], tau_b y [P, M]
+    if balanced:  # of all solutions the one with sum x = sum y, as in `_implicit`
+        row_sums, col_sums = torch.where(has_a > 0, log_r.exp(), 0.0), torch.where(has_b > 0, log_c.exp(), 0.0)
+        total = (row_sums.sum(-1, keepdim=True) + col_sums.sum(-1, keepdim=True)).clamp_min(torch.finfo(a.dtype).tiny)
+        excess = (v.sum(-1, keepdim=True) - u.sum(-1, keepdim=True)) / total
+        v, u = v - excess * row_sums, u + excess * col_sums
     grad_mass = None
     if mass is not None:
         # Border of the system: sum tau_a x + sum tau_b y + mass omega = half the sum of both gradients.

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._cpu import points as cpu
+
 COSTS = ("sqeuclidean", "cosine")
 
 # Entries of a tile, of which up to two are alive at a time. A transform of 4096 x 4096 points, D = 64, took 170 ms of
@@ -38,6 +40,7 @@ class Points:
         row: [P, N], h of the module's formula.
         col: [P, M], k.
         scale: s.
+        backend: what computes the sums: "reference" (this file) or "cpu".
     """
 
     x: Tensor
@@ -45,18 +48,24 @@ class Points:
     row: Tensor
     col: Tensor
     scale: float
+    backend: str
 
     @staticmethod
-    def of(x: Tensor, y: Tensor, cost: str) -> Points:
+    def of(x: Tensor, y: Tensor, cost: str, backend: str = "reference") -> Points:
         """Clouds from `prepare`, with what the tiles of the cost need."""
         if cost == "cosine":
-            return Points(x, y, torch.ones_like(x[..., 0]), torch.zeros_like(y[..., 0]), 1.0)
-        return Points(x, y, (x * x).sum(-1), (y * y).sum(-1), 2.0)
+            return Points(x, y, torch.ones_like(x[..., 0]), torch.zeros_like(y[..., 0]), 1.0, backend)
+        return Points(x, y, (x * x).sum(-1), (y * y).sum(-1), 2.0, backend)
 
     @property
     def mT(self) -> Points:
         """The transposed problem."""
-        return Points(self.y, self.x, self.col, self.row, self.scale)
+        return Points(self.y, self.x, self.col, self.row, self.scale, self.backend)
+
+    @property
+    def squared(self) -> bool:
+        """Whether the cost is "sqeuclidean"."""
+        return self.scale == 2.0
 
     def finite(self) -> Tensor:
         """[P] bool: no entry of the cost can be infinite or NaN."""
@@ -132,6 +141,9 @@ def soft_minimum(points: Points, potential: Tensor, log_weight: Tensor, epsilon:
     Returns:
         [P, N].
     """
+    if points.backend == "cpu":
+        # The constants of "cosine" add up to 1, whichever side has them.
+        return cpu.soft_minimum(points.x, points.y, potential, log_weight, epsilon, points.squared)
     lowest, _ = EXPONENTS[potential.dtype]
     result = torch.empty_like(points.row)
     col = potential / epsilon + log_weight  # [P, M]
@@ -178,6 +190,13 @@ def products(
     Returns:
         ([P, N, E] or None, [P, M, F] or None).
     """
+    if points.backend == "cpu":
+        turned = None if coupling is None else coupling[::-1]
+        x, y, squared = points.x, points.y, points.squared
+        return (
+            None if right is None else cpu.product(x, y, row, col, epsilon, right, coupling, squared),
+            None if left is None else cpu.product(y, x, col, row, epsilon, left, turned, squared),
+        )
     lowest, largest = EXPONENTS[row.dtype]
     from_right = None if right is None else right.new_zeros(*row.shape, right.shape[-1])
     from_left = None if left is None else left.new_zeros(*col.shape, left.shape[-1])
@@ -227,7 +246,7 @@ def cost_gradient(points: Points, rows: Tensor, to_y: Tensor, cols: Tensor, to_x
     Returns:
         ([P, N, D], [P, M, D]).
     """
-    if points.scale == 1.0:  # "cosine" has no squares
+    if not points.squared:
         return -to_y, -to_x
     return 2.0 * (points.x * rows.unsqueeze(-1) - to_y), 2.0 * (points.y * cols.unsqueeze(-1) - to_x)
 

@@ -164,33 +164,20 @@ def _token_cost_op(
     backend: str,
 ) -> Tensor:
     """Cost [B, H, N, M] on one back end."""
-    compute: Any = reference.token_cost
+    inputs = (text, video, attention, frame_index, positions)
+    options: dict[str, Any] = {"gamma": gamma, "eta": eta, "normalize": normalize}
+    options.update(row_mask=row_mask, col_mask=col_mask)
     if backend == "cpu":
-        from ._cpu import token_cost as compute
+        from ._cpu.cost import token_cost as fused
+
+        return fused(*inputs, **options)
     with full_precision(text.device):  # the cost is compared with epsilon: no half precision or TF32 inside
-        return compute(
-            text,
-            video,
-            attention,
-            frame_index,
-            positions,
-            gamma=gamma,
-            eta=eta,
-            normalize=normalize,
-            row_mask=row_mask,
-            col_mask=col_mask,
-        )
+        return reference.token_cost(*inputs, **options)
 
 
 @_token_cost_op.register_fake
 def _(text: Tensor, video: Tensor, attention: Tensor, *unused: object) -> Tensor:
     return torch.empty_like(attention, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    text, video, attention, frame_index, positions, gamma, eta, normalize, row_mask, col_mask, _ = inputs
-    ctx.save_for_backward(text, video, attention, frame_index, positions, row_mask, col_mask, output)
-    ctx.options = (gamma, eta, normalize)
 
 
 def _unit(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,12 +222,7 @@ def _raw_at(
     return 1.0 - cosine + time_weight * time.abs() + place_weight * distance
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    with full_precision(grad.device):
-        return *_gradients(grad, *ctx.saved_tensors, *ctx.options), *([None] * 8)
-
-
-def _gradients(
+def gradients(
     grad: Tensor,
     text: Tensor,
     video: Tensor,
@@ -312,6 +294,74 @@ def _gradients(
     if keep is not None:
         grad_attention = torch.where(keep, grad_attention, 0.0)
     return grad_text, grad_video, grad_attention
+
+
+@torch.library.custom_op("pisces_kernels::token_cost_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    text: Tensor,
+    video: Tensor,
+    attention: Tensor,
+    frame_index: Tensor,
+    positions: Tensor,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    cost: Tensor,
+    gamma: float,
+    eta: float,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gradients` on one back end."""
+    inputs = (grad, text, video, attention, frame_index, positions, row_mask, col_mask, cost, gamma, eta, normalize)
+    if backend == "cpu":
+        from ._cpu.cost import token_cost_gradient
+
+        return token_cost_gradient(*inputs)
+    with full_precision(grad.device):
+        return gradients(*inputs)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, text: Tensor, video: Tensor, attention: Tensor, *unused: object) -> tuple[Tensor, Tensor, Tensor]:
+    by_text, by_video, by_attention = (
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (text, video, attention)
+    )
+    return by_text, by_video, by_attention
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, gamma, eta, normalize, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = (gamma, eta, normalize)
+
+
+def _backward_again(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """Second derivatives: differentiate the formulas."""
+    grad, text, video, attention, frame_index, positions, row_mask, col_mask, cost = ctx.saved_tensors
+
+    def formulas(grad: Tensor, text: Tensor, video: Tensor, attention: Tensor, cost: Tensor) -> tuple[Tensor, ...]:
+        geometry_and_masks = (frame_index, positions, row_mask, col_mask)
+        return gradients(grad, text, video, attention, *geometry_and_masks, cost, *ctx.options)
+
+    with full_precision(grad.device):
+        _, pullback = torch.func.vjp(formulas, grad, text, video, attention, cost)
+        by_grad, by_text, by_video, by_attention, by_cost = pullback(grads)
+    return by_grad, by_text, by_video, by_attention, *([None] * 4), by_cost, *([None] * 4)
+
+
+fold_into_problems(_backward_op)
+_gradients = differentiable(_backward_op, _backward_again, _backward_setup_context)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    text, video, attention, frame_index, positions, gamma, eta, normalize, row_mask, col_mask, backend = inputs
+    ctx.save_for_backward(text, video, attention, frame_index, positions, row_mask, col_mask, output)
+    ctx.options = (gamma, eta, normalize, backend)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradients(grad, *ctx.saved_tensors, *ctx.options), *([None] * 8)
 
 
 fold_into_problems(_token_cost_op)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks, _dispatch, reference
 from ._autograd import differentiable
-from ._precision import full_precision
+from ._precision import full_precision, without_autocast
 from ._sinkhorn import sinkhorn
 from ._token_cost import features, geometry, token_cost
 from ._vmap import fold_into_problems
@@ -196,11 +196,11 @@ def _transport_attention_op(
     """Refined attention and plan (empty unless asked for) on one back end."""
     options: dict[str, Any] = {"epsilon": epsilon, "tau": tau, "mass": mass, "row_mask": row_mask}
     options.update(max_iters=max_iters, tol=tol, gamma=gamma, eta=eta)
-    with full_precision(query.device):  # the cost is compared with epsilon: no half precision or TF32 inside
-        if backend == "cpu":
-            from ._cpu import transport_attention as fused
+    if backend == "cpu":
+        from ._cpu.cost import transport_attention as fused
 
-            return fused(query, key, attention, frame_index, positions, return_plan=return_plan, **options)
+        return fused(query, key, attention, frame_index, positions, return_plan=return_plan, **options)
+    with full_precision(query.device):  # the cost is compared with epsilon: no half precision or TF32 inside
         refined, plan = reference.transport_attention(query, key, attention, frame_index, positions, **options)
     return refined, plan if return_plan else plan.new_empty(0)
 
@@ -212,19 +212,58 @@ def _(attention: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     return refined, torch.empty_like(refined) if return_plan else attention.new_empty(0)
 
 
+def _held_gradient(grad: Tensor, attention: Tensor, refined: Tensor, row_mask: Tensor | None) -> Tensor:
+    """Gradient with respect to attention with the plan held, where refined = (A + c) P / sum (A + c) P."""
+    slope = refined / (attention + reference.ATTENTION_FLOOR)
+    fused = slope * (grad - (refined * grad).sum(-1, keepdim=True))
+    return fused if row_mask is None else torch.where(row_mask[:, None, :, None], fused, grad)
+
+
+@torch.library.custom_op("pisces_kernels::transport_attention_backward", mutates_args=())
+def _backward_op(grad: Tensor, attention: Tensor, refined: Tensor, row_mask: Tensor | None, backend: str) -> Tensor:
+    """`_held_gradient` on one back end."""
+    if backend == "cpu":
+        from ._cpu.cost import fusion_gradient
+
+        return fusion_gradient(grad, attention, refined, row_mask)
+    return _held_gradient(grad, attention, refined, row_mask)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, *unused: object) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+@without_autocast
+def _backward_again(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Second derivatives: differentiate the formula."""
+    *tensors, row_mask = ctx.saved_tensors
+
+    def formula(grad: Tensor, attention: Tensor, refined: Tensor) -> Tensor:
+        return _held_gradient(grad, attention, refined, row_mask)
+
+    _, pullback = torch.func.vjp(formula, *tensors)
+    return *pullback(grad), None, None
+
+
+fold_into_problems(_backward_op)
+_held_gradient_on = differentiable(_backward_op, _backward_again, _backward_setup_context)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     refined, plan = output
     ctx.mark_non_differentiable(plan)
     ctx.save_for_backward(inputs[0], refined, inputs[8])
+    ctx.backend = inputs[-1]
 
 
 def _backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
     attention, refined, row_mask = ctx.saved_tensors
-    slope = refined / (attention + reference.ATTENTION_FLOOR)
-    fused = slope * (grad - (refined * grad).sum(-1, keepdim=True))
-    if row_mask is not None:
-        fused = torch.where(row_mask[:, None, :, None], fused, grad)
-    return fused, *([None] * 14)
+    return _held_gradient_on(grad, attention, refined, row_mask, ctx.backend), *([None] * 14)
 
 
 fold_into_problems(_transport_attention_op)

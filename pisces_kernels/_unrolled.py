@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._autograd import differentiable
-from ._precision import without_autocast
+from ._cpu import gradients as _cpu_gradients
+from ._formulas import differentiable_by
 from ._vmap import fold_into_problems
 
 
@@ -203,10 +203,20 @@ def _unrolled_backward_op(
     col_mask: Tensor | None,
     n_iters: Tensor,
     max_iters: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`gradients` as one opaque operator: its loop depends on data, which a traced graph cannot hold."""
-    inputs = (cost, a, b, epsilon, mass, f_init, g_init, tau_a, tau_b, row_mask, col_mask, n_iters, max_iters)
-    return gradients(grad_f, grad_g, *inputs)
+    tensors = (grad_f, grad_g, cost, a, b, epsilon, mass, f_init, g_init)
+    inputs: list[Any] = [*tensors, tau_a, tau_b, row_mask, col_mask, n_iters, max_iters]
+    if backend != "cpu":
+        return gradients(*inputs)
+    *results, sound = _cpu_gradients.unrolled(*inputs[:-1])
+    if not bool(sound.all()):  # weights of zero, or something that is not finite
+        some = [value[~sound] if isinstance(value, Tensor) else value for value in inputs]
+        for result, value in zip(results, gradients(*some), strict=True):
+            result[~sound] = value
+    to_cost, to_a, to_b, to_epsilon, to_mass, to_f, to_g = results
+    return to_cost, to_a, to_b, to_epsilon, to_mass, to_f, to_g
 
 
 @_unrolled_backward_op.register_fake
@@ -219,35 +229,5 @@ def _(grad_f: Tensor, grad_g: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     )
 
 
-N_TENSORS = 9  # the first inputs, which have gradients
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, tau_a, tau_b, row_mask, col_mask, n_iters, max_iters = inputs
-    ctx.save_for_backward(*tensors, row_mask, col_mask, n_iters)
-    ctx.options = (tau_a, tau_b, max_iters)
-
-
-@without_autocast
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """Second derivatives: differentiate the formulas above, with a graph."""
-    *tensors, row_mask, col_mask, n_iters = ctx.saved_tensors
-    tau_a, tau_b, max_iters = ctx.options
-    options: list[Any] = [tau_a, tau_b, row_mask, col_mask, n_iters, max_iters]
-    given = [k for k in range(N_TENSORS) if tensors[k] is not None]
-
-    def formulas(*values: Tensor) -> tuple[Tensor, ...]:
-        full: list[Any] = [None] * N_TENSORS
-        for k, value in zip(given, values, strict=True):
-            full[k] = value
-        return gradients(*full, *options)
-
-    _, pullback = torch.func.vjp(formulas, *(tensors[k] for k in given))
-    results: list[Tensor | None] = [None] * N_TENSORS
-    for k, value in zip(given, pullback(grads), strict=True):
-        results[k] = value
-    return (*results, *([None] * 6))
-
-
 fold_into_problems(_unrolled_backward_op)
-unrolled_gradients = differentiable(_unrolled_backward_op, _backward, _setup_context)
+unrolled_gradients = differentiable_by(_unrolled_backward_op, lambda *inputs: gradients(*inputs[:-1]))

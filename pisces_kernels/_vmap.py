@@ -1,4 +1,4 @@
-"""torch.func.vmap for operators whose tensors all lead with a dimension of independent problems."""
+"""torch.func.vmap for operators whose tensors all lead with dimensions of independent problems."""
 
 from __future__ import annotations
 
@@ -32,5 +32,25 @@ def fold_into_problems(operator: Callable[..., Any]) -> None:
             for result in ((results,) if alone else results)
         )
         return (unfolded[0], 0) if alone else (unfolded, (0,) * len(unfolded))
+
+    torch.library.register_vmap(operator, rule)
+
+
+def lead_with_mapped(operator: Callable[..., Any]) -> None:
+    """Register a vmap rule that makes the mapped dimension the first of every tensor.
+
+    Args:
+        operator: a custom op whose tensor arguments and results all lead with the same dimensions of problems, as many
+            as there are.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        def lead(argument: Any, dim: int | None) -> Any:
+            if not isinstance(argument, Tensor):
+                return argument
+            return argument.expand(info.batch_size, *argument.shape) if dim is None else argument.movedim(dim, 0)
+
+        results = operator(*(lead(argument, dim) for argument, dim in zip(arguments, in_dims, strict=True)))
+        return results, (0,) * len(results)
 
     torch.library.register_vmap(operator, rule)

@@ -27,16 +27,34 @@ template <class T> Split split_at(const Side<T>& side, double limit) {
   }
   return {peak + log_of(sum_lanes<double>(open)), sum_lanes<double>(full)};
 }
+// The same where side.open holds w_i exp(level + soft_i). What double cannot hold there is left to `split_at`.
+template <class T> Split split_near(const Side<T>& side, double limit, double level) {
+  using V = Vec<double>;
+  const V below = splat<double>(limit), none{};
+  V open{}, full{};
+  for (int64_t i = 0; i < side.padded; i += LANES<double>) {
+    const Int<double> counts = (Int<double>)(load<double>(side.soft + i) <= below);
+    open += select<double>(counts, load<double>(side.open + i), none);
+    full += select<double>(counts, none, load<double>(side.mass_weight + i));
+  }
+  const double total = sum_lanes<double>(open);
+  if (!(total > 1e-200 && total < 1e200)) return split_at(side, limit);
+  return {log_of(total) - level, sum_lanes<double>(full)};
+}
 
 // Level (in units of epsilon) of one side from its log-sums: weights * min(1, exp(level + soft)) must sum to the mass.
 // Newton's method on a concave piecewise linear function of exp(level): every step ends left of the solution.
 // An entry counts as full from `slack` on: when the mass is exactly the weight of the fullest ones, rounding must not
 // send the level to where the next, perhaps far, one fills up.
 template <class T> double find_level(const State<T>& s, const Side<T>& side) {
-  const double slack = sizeof(T) == 4 ? 1e-6 : 1e-11, log_mass = log_of(s.mass);
-  double x = s.level / s.eps;
+  const double slack = sizeof(T) == 4 ? 1e-6 : 1e-11, log_mass = log_of(s.mass), start = s.level / s.eps;
+  for (int64_t i = 0; i < side.padded; i += LANES<double>) {
+    const Vec<double> carried = vexp<double>(load<double>(side.soft + i) + splat<double>(start));
+    store<double>(side.open + i, load<double>(side.mass_weight + i) * carried);
+  }
+  double x = start;
   for (int attempt = 0; attempt < 200; ++attempt) {
-    const Split now = split_at(side, slack - x);
+    const Split now = split_near(side, slack - x, start);
     const double room = s.mass - now.full;
     double next = log_of(room) - now.log_open;
     if (!(room > 0) || !finite(next)) {  // too far right, or all are full, to rounding
@@ -54,47 +72,52 @@ template <class T> double find_level(const State<T>& s, const Side<T>& side) {
 // that is too small is only known to be small: enough where its entry stays as good as empty at the level that is found.
 template <class T> bool level_from_sums(const State<T>& s, Side<T>& side, double offset, double& x) {
   using R = Traits<T>;
-  bool small = false;
-  for (int64_t i = 0; i < side.count; ++i) {
-    if (!(side.sum[i] <= R::SUM_HIGH)) return false;
-    small = small || side.sum[i] < R::SUM_LOW;
-    side.soft[i] = double(larger(side.sum[i], R::SUM_LOW));
+  Vec<T> low = splat<T>(T(1)), high = low;
+  for (int64_t i = 0; i < side.padded; i += LANES<T>) {
+    const Vec<T> sum = load<T>(side.sum + i) + load<T>(side.pad + i);
+    low = vmin<T>(sum, low), high = vmax<T>(sum, high);
   }
-  for (int64_t i = side.count; i < side.padded; ++i) side.soft[i] = 1;
-  for (int64_t i = 0; i < side.padded; i += LANES<double>)
-    store<double>(side.soft + i, vlog<double>(load<double>(side.soft + i)));
-  const double inv_eps = 1 / s.eps;
-  for (int64_t i = 0; i < side.count; ++i) side.soft[i] -= (double(side.reference[i]) + offset) * inv_eps;
+  if (!(max_lanes<T>(high) <= R::SUM_HIGH)) return false;
+  const Vec<double> least = splat<double>(R::SUM_LOW), shift = splat<double>(offset), scale = splat<double>(1 / s.eps);
+  for (int64_t i = 0; i < side.padded; i += LANES<double>) {
+    const Vec<double> sum = load_wide(side.sum + i);
+    store<double>(side.soft + i, vlog<double>(vmax<double>(sum, least)) - (load_wide(side.reference + i) + shift) * scale);
+  }
   x = find_level(s, side);
-  for (int64_t i = 0; small && i < side.count; ++i)
+  if (min_lanes<T>(low) >= R::SUM_LOW) return true;
+  for (int64_t i = 0; i < side.count; ++i)
     if (side.sum[i] < R::SUM_LOW && !(x + side.soft[i] < -30.0)) return false;
   return true;
 }
 
 // Caps at a level. Returns the largest change of one in units of epsilon.
 template <class T> double set_caps(State<T>& s, Side<T>& side, double x) {
-  double moved = 0;
-  for (int64_t i = 0; i < side.count; ++i) {
-    s.sound = s.sound && finite(side.soft[i]);
-    const double marginal = x + side.soft[i], cap = marginal > 0 ? -marginal * s.eps : 0.0;
-    moved = larger(magnitude(cap - side.cap[i]) / s.eps, moved);
-    side.cap[i] = cap;
+  using V = Vec<double>;
+  for (int64_t i = side.count; i < side.padded; ++i) side.soft[i] = -x;  // padding has caps 0
+  V moved{}, zero{};
+  for (int64_t i = 0; i < side.padded; i += LANES<double>) {
+    const V soft = load<double>(side.soft + i), cap = -vmax<double>(soft + splat<double>(x), V{}) * splat<double>(s.eps);
+    moved = vmax<double>(vabs<double>(cap - load<double>(side.cap + i)), moved);
+    zero += soft - soft;  // NaN as soon as one entry is not finite
+    store<double>(side.cap + i, cap);
   }
+  s.sound = s.sound && sum_lanes<double>(zero) == 0;
   s.level = x * s.eps;
-  return moved;
+  return max_lanes<double>(moved) / s.eps;
 }
 
 // Scalings of the potential cap + offset; false if one has left the range.
 template <class T> bool scale_to_caps(State<T>& s, Side<T>& side, double offset) {
   using R = Traits<T>;
-  bool in_range = true;
-  for (int64_t i = 0; i < side.count; ++i) {
-    const T l = T((side.cap[i] + offset - double(side.reference[i])) / s.eps);
-    side.log_scaling[i] = l;
-    in_range = in_range && l >= R::SCALING_LOW && l <= R::SCALING_HIGH;
-  }
+  const Vec<double> scale = splat<double>(1 / s.eps), shift = splat<double>(offset);
+  for (int64_t i = 0; i < side.padded; i += LANES<double>)
+    store_narrow(side.log_scaling + i, (load<double>(side.cap + i) + shift - load_wide(side.reference + i)) * scale);
+  for (int64_t i = side.count; i < side.padded; ++i) side.log_scaling[i] = 0;
   side.weigh();
-  return in_range;
+  Vec<T> low{}, high{};
+  for (int64_t i = 0; i < side.padded; i += LANES<T>)
+    low = vmin<T>(load<T>(side.log_scaling + i), low), high = vmax<T>(load<T>(side.log_scaling + i), high);
+  return min_lanes<T>(low) >= R::SCALING_LOW && max_lanes<T>(high) <= R::SCALING_HIGH;
 }
 
 // Level of the columns by log-sums over rows whose potential carries the level.
@@ -116,7 +139,7 @@ template <class T> double mass_cols(State<T>& s, bool& scaled) {
   double x;
   scaled = scale_to_caps(s, s.rows, s.level) && scaled;
   if (scaled) {
-    for (int64_t p = 0; p < s.panels; ++p) panel_col_sums(s, p);
+    for_chunks(s.team, s.chunks.count, [&](int64_t chunk) { col_sums(s, s.chunks.begin(chunk), s.chunks.end(chunk)); });
     scaled = level_from_sums(s, s.cols, s.level, x);
   }
   if (!scaled) x = log_cols_level(s);
@@ -124,8 +147,10 @@ template <class T> double mass_cols(State<T>& s, bool& scaled) {
   scaled = scale_to_caps(s, s.rows, s.level) && scaled;
   scaled = scale_to_caps(s, s.cols, 0.0) && scaled;
   if (scaled) {
-    clear_lanes(s);
-    for (int64_t p = 0; p < s.panels; ++p) panel_row_sums(s, p);
+    for_chunks(s.team, s.chunks.count, [&](int64_t chunk) {
+      clear_lanes(s, chunk);
+      row_sums(s, s.chunks.begin(chunk), s.chunks.end(chunk), lanes_of(s, chunk));
+    });
     reduce_lanes(s);
   }
   return moved;

@@ -38,6 +38,7 @@ template <class T> struct Solver : State<T> {
       scale_to_caps(*this, rows, level / 2), scale_to_caps(*this, cols, level / 2);
       scaled = false;
     }
+    this->settle();
     for (int64_t i = 0; i < n; ++i) sound = sound && finite(T(this->row_potential(i)));
     for (int64_t j = 0; j < m; ++j) sound = sound && finite(T(this->col_potential(j)));
   }
@@ -48,60 +49,104 @@ template <class T> struct Solver : State<T> {
     for (int64_t i = 0; i < n; ++i) rows.reference[i] = T(low), rows.log_scaling[i] = 0;
     scaled = build_kernel(*this);
     for (int64_t i = 0; i < n; ++i) rows.log_scaling[i] = T(-double(T(low)) / eps);
+    rows.by_ratio = false;
   }
 
   // ---- damped updates (balanced, KL) -----------------------------------------------------------------------------------
 
-  struct Seen {  // ranges of one half iteration; reach: distance of the logs from the middle of their range
-    static constexpr T MIDDLE = (R::SCALING_LOW + R::SCALING_HIGH) / 2;
-    Vec<T> sum_low = splat<T>(T(1)), sum_high = splat<T>(T(1)), reach{}, change{};
+  struct Seen {  // ranges of a part of a half iteration
+    Vec<T> sum_low, sum_high, log_low, log_high, change, ratio_low, ratio_high;
+    void begin() {
+      sum_low = sum_high = ratio_low = ratio_high = splat<T>(T(1));
+      log_low = log_high = change = Vec<T>{};
+    }
+    void join(const Seen& other) {
+      sum_low = vmin<T>(sum_low, other.sum_low), sum_high = vmax<T>(sum_high, other.sum_high);
+      log_low = vmin<T>(log_low, other.log_low), log_high = vmax<T>(log_high, other.log_high);
+      change = vmax<T>(change, other.change);
+      ratio_low = vmin<T>(ratio_low, other.ratio_low), ratio_high = vmax<T>(ratio_high, other.ratio_high);
+    }
     bool in_range() const { return min_lanes<T>(sum_low) >= R::SUM_LOW && max_lanes<T>(sum_high) <= R::SUM_HIGH; }
-    bool wide() const { return !(max_lanes<T>(reach) <= R::SCALING_HIGH - MIDDLE); }
+    // Whether a scaling has left its range: by its log, or by the sum that it is the inverse of.
+    bool wide(bool by_ratio) const {
+      if (by_ratio) return double(min_lanes<T>(sum_low)) < exp_of(-double(R::SCALING_HIGH));
+      return !(min_lanes<T>(log_low) >= R::SCALING_LOW && max_lanes<T>(log_high) <= R::SCALING_HIGH);
+    }
+    double moved(bool by_ratio) const {
+      if (!by_ratio) return double(max_lanes<T>(change));
+      return larger(log_of(double(max_lanes<T>(ratio_high))), -log_of(double(min_lanes<T>(ratio_low))));
+    }
   };
 
   // log scaling = damping - tau log sum, for entries [from, to).
-  static void update(Side<T>& side, Seen& seen, int64_t from, int64_t to) {
+  static void update_logs(const Side<T>& side, Seen& seen, int64_t from, int64_t to) {
     const Vec<T> tau = splat<T>(T(side.tau));
+    Seen now = seen;
     for (int64_t i = from; i < to; i += LANES<T>) {
       const Vec<T> sum = load<T>(side.sum + i) + load<T>(side.pad + i);
-      seen.sum_low = vmin<T>(sum, seen.sum_low), seen.sum_high = vmax<T>(sum, seen.sum_high);
+      now.sum_low = vmin<T>(sum, now.sum_low), now.sum_high = vmax<T>(sum, now.sum_high);
       const Vec<T> l = load<T>(side.damping + i) - tau * vlog<T>(sum);
-      seen.reach = vmax<T>(vabs<T>(l - splat<T>(Seen::MIDDLE)), seen.reach);
-      seen.change = vmax<T>(vabs<T>(l - load<T>(side.log_scaling + i)), seen.change);
+      now.log_low = vmin<T>(l, now.log_low), now.log_high = vmax<T>(l, now.log_high);
+      now.change = vmax<T>(vabs<T>(l - load<T>(side.log_scaling + i)), now.change);
       store<T>(side.next + i, l);
-      store<T>(side.scaled_weight + i, load<T>(side.weight + i) * vexp<T>(l));
     }
+    seen = now;
+    // A loop of its own: with half as long a chain of operations, twice as many entries are under way at a time.
+    for (int64_t i = from; i < to; i += LANES<T>)
+      store<T>(side.scaled_weight + i, load<T>(side.weight + i) * vexp<T>(load<T>(side.next + i)));
+  }
+  // Without damping scaling = 1 / sum, and sum times the last scaling is the ratio of the two: no log, no exp.
+  static void update_ratios(const Side<T>& side, Seen& seen, int64_t from, int64_t to) {
+    Seen now = seen;
+    for (int64_t i = from; i < to; i += LANES<T>) {
+      const Vec<T> sum = load<T>(side.sum + i) + load<T>(side.pad + i), ratio = sum * load<T>(side.scaling + i);
+      now.sum_low = vmin<T>(sum, now.sum_low), now.sum_high = vmax<T>(sum, now.sum_high);
+      now.ratio_low = vmin<T>(ratio, now.ratio_low), now.ratio_high = vmax<T>(ratio, now.ratio_high);
+      const Vec<T> scaling = splat<T>(T(1)) / sum;
+      store<T>(side.next + i, scaling), store<T>(side.scaled_weight + i, load<T>(side.weight + i) * scaling);
+    }
+    seen = now;
+  }
+  static void update(const Side<T>& side, Seen& seen, int64_t from, int64_t to) {
+    side.by_ratio ? update_ratios(side, seen, from, to) : update_logs(side, seen, from, to);
   }
   // Rows from their sums.
   Seen scale_rows() {
     Seen seen;
+    seen.begin();
     update(rows, seen, 0, rows.padded);
     return seen;
   }
   // Columns from K^T u a, and the next row sums in the same pass over K.
   Seen scale_cols() {
-    Seen seen;
-    clear_lanes(*this);
-    const int64_t panel_bytes = n * PANEL<T> * int64_t(sizeof(T));
-    int64_t group = 24 * 1024 / panel_bytes;  // panels that stay in the first-level cache between the two halves
-    group = group < 1 ? 1 : (group > 8 ? 8 : group);
-    for (int64_t first = 0; first < this->panels; first += group) {
-      const int64_t last = first + group < this->panels ? first + group : this->panels;
-      for (int64_t p = first; p < last; ++p) panel_col_sums(*this, p);
-      update(cols, seen, first * PANEL<T>, last * PANEL<T>);
-      for (int64_t p = first; p < last; ++p) panel_row_sums(*this, p);
-    }
+    constexpr int W = PANEL<T>;
+    Seen seen[Chunks::MOST];
+    for_chunks(this->team, this->chunks.count, [&](int64_t chunk) {
+      clear_lanes(*this, chunk);
+      seen[chunk].begin();
+      const int64_t group = group_of(*this), end = this->chunks.end(chunk);
+      for (int64_t first = this->chunks.begin(chunk); first < end; first += group) {
+        const int64_t last = first + group < end ? first + group : end;
+        col_sums(*this, first, last);
+        update(cols, seen[chunk], first * W, last * W);
+        row_sums(*this, first, last, lanes_of(*this, chunk));
+      }
+    });
+    for (int64_t chunk = 1; chunk < this->chunks.count; ++chunk) seen[0].join(seen[chunk]);
     reduce_lanes(*this);
-    return seen;
+    return seen[0];
   }
   // One side: in the scaling domain if that is right, else in the log domain. Returns the largest change.
   double half_iteration(Side<T>& side, bool& trouble) {
     if (scaled) {
       const Seen seen = &side == &rows ? scale_rows() : scale_cols();
       if (seen.in_range()) {
-        exchange(side.log_scaling, side.next);
-        if (seen.wide()) trouble = true, scaled = absorb(*this);
-        return double(max_lanes<T>(seen.change));
+        const bool by_ratio = side.by_ratio, wide = seen.wide(by_ratio);
+        exchange(by_ratio ? side.scaling : side.log_scaling, side.next);
+        side.stale = by_ratio;
+        if (wide) trouble = true, scaled = absorb(*this);
+        else if (side.tau == 1 && !by_ratio) side.weigh(), side.by_ratio = true;
+        return seen.moved(by_ratio);
       }
     }
     if (&side == &rows) log_rows(*this);
@@ -140,7 +185,8 @@ template <class T> struct Solver : State<T> {
   }
 
   // The row potentials in units of epsilon (exact mass: the caps) are the state that is accelerated.
-  void read_rows(double* x) const {
+  void read_rows(double* x) {
+    rows.settle();
     for (int64_t i = 0; i < n; ++i) x[i] = (exact_mass ? rows.cap[i] : this->row_potential(i)) / eps;
   }
   // Take the accelerated row potentials in place of the plain ones, if there are any.

@@ -9,6 +9,7 @@
 // Matrices are stored in panels of PANEL columns: entry (i, j) is at ((j / PANEL) * n + i) * PANEL + j % PANEL. Both halves
 // of an iteration then read a panel from cache and C, K only once from memory. Padding columns have C = inf, K = 0.
 #pragma once
+#include "team.h"
 #include "vec.h"
 
 namespace {
@@ -38,7 +39,9 @@ struct Arena {  // hands out aligned pieces of the scratch memory; with base nul
 template <class T> struct Side {
   int64_t count, padded;
   T* reference;      // f or g
-  T *log_scaling, *next;  // lu or lv, and room for the next ones
+  T* log_scaling;    // lu or lv
+  T* scaling;        // u or v, kept where tau is 1
+  T* next;           // room for the next log_scaling or scaling
   T* scaled_weight;  // a u or b v
   T *weight, *log_weight;  // log 0 = -inf
   T* pad;            // 1 on padding, else 0: keeps the logs of padding sums at 0
@@ -47,17 +50,21 @@ template <class T> struct Side {
   double* soft;      // log of the weighted sums without this side's potential
   double* mass_weight;  // exact mass: the weights
   double* cap;       // exact mass: potential <= 0, without the level
+  double* open;      // exact mass: what entries would carry at the last level
   double tau;
+  bool by_ratio;  // scaling holds exp(log_scaling): a change can be measured as a ratio
+  bool stale;     // log_scaling is behind scaling
 
   void layout(Arena& arena, int64_t size, int64_t multiple) {
     count = size, padded = round_up(size, multiple);
-    T** pieces[] = {&reference, &log_scaling, &next, &scaled_weight, &weight, &log_weight, &pad, &damping, &sum};
+    T** pieces[] = {&reference, &log_scaling, &scaling, &next, &scaled_weight, &weight, &log_weight, &pad, &damping, &sum};
     for (T** piece : pieces) *piece = arena.take<T>(padded);
     soft = arena.take<double>(padded), mass_weight = arena.take<double>(padded), cap = arena.take<double>(padded);
+    open = arena.take<double>(padded);
   }
   // Weights are in weight[0..count): fill what follows from them.
   void begin(double damp) {
-    tau = damp;
+    tau = damp, by_ratio = stale = false;
     for (int64_t i = 0; i < padded; ++i) {
       if (i >= count) weight[i] = 0;
       log_weight[i] = weight[i] > 0 ? T(log_of(weight[i])) : -T(__builtin_inf());
@@ -77,22 +84,33 @@ template <class T> struct Side {
       in_range = in_range && log_scaling[i] >= Traits<T>::SCALING_LOW && log_scaling[i] <= Traits<T>::SCALING_HIGH;
     }
     weigh();
+    by_ratio = tau == 1 && in_range;
     return in_range;
   }
   void weigh() {
-    for (int64_t i = 0; i < padded; i += LANES<T>)
-      store<T>(scaled_weight + i, load<T>(weight + i) * vexp<T>(load<T>(log_scaling + i)));
+    for (int64_t i = 0; i < padded; i += LANES<T>) {
+      const Vec<T> u = vexp<T>(load<T>(log_scaling + i));
+      store<T>(scaling + i, u), store<T>(scaled_weight + i, load<T>(weight + i) * u);
+    }
+  }
+  // Logs of the scalings, where an update has left them out.
+  void settle() {
+    if (!stale) return;
+    for (int64_t i = 0; i < padded; i += LANES<T>) store<T>(log_scaling + i, vlog<T>(load<T>(scaling + i)));
+    stale = false;
   }
 };
 
 template <class T> struct State {
   using R = Traits<T>;
-  static constexpr int W = PANEL<T>, VL = LANES<T>, NV = PANEL_VECTORS;
+  static constexpr int W = PANEL<T>, VL = LANES<T>;
 
   int64_t n, m, panels;
+  Chunks chunks;  // of panels
+  Team* team = nullptr;
   T *C, *K;  // panels
   Side<T> rows, cols;
-  T* lanes;  // [n, VL] partial row sums
+  T* lanes;  // [chunks, rows.padded, VL] partial row sums
   T inv_eps;
   double eps, grid;    // grid: the references are multiples of it
   double mass, level;  // level: multiplier of the mass, in cost units
@@ -103,7 +121,8 @@ template <class T> struct State {
     n = n_rows, m = n_cols, panels = round_up(n_cols, W) / W;
     C = arena.take<T>(n * panels * W), K = arena.take<T>(n * panels * W);
     rows.layout(arena, n, VL), cols.layout(arena, m, W);
-    lanes = arena.take<T>(n * VL);
+    chunks = Chunks::of(panels, n * W, true);  // even: panels are worked on in pairs
+    lanes = arena.take<T>(Chunks::bound(panels, n * W) * rows.padded * VL);
   }
   void begin(double epsilon, double tau_a, double tau_b, double total, bool with_mass) {
     eps = epsilon, inv_eps = T(1.0 / epsilon), mass = total, exact_mass = with_mass, level = 0;
@@ -111,6 +130,7 @@ template <class T> struct State {
     sound = finite(T(eps)) && finite(inv_eps);
     rows.begin(with_mass ? 1.0 : tau_a), cols.begin(with_mass ? 1.0 : tau_b);
   }
+  void settle() { rows.settle(), cols.settle(); }
   double row_potential(int64_t i) const { return rows.potential(i, eps); }
   double col_potential(int64_t j) const { return cols.potential(j, eps); }
   T* entry(T* matrix, int64_t i, int64_t j) const { return matrix + ((j / W) * n + i) * W + j % W; }
@@ -129,9 +149,12 @@ template <class T> struct State {
   }
   // Split a potential into a reference near `centre` and a scaling.
   void split(Side<T>& side, int64_t i, double potential, double centre) {
+    side.reference[i] = on_grid(centre);
+    side.log_scaling[i] = T((potential - double(side.reference[i])) * (1 / eps));
+  }
+  T on_grid(double x) const {
     const double shift = 0x1.8p52 * grid;  // the sum has this grid as its unit in the last place
-    side.reference[i] = T((centre + shift) - shift);
-    side.log_scaling[i] = T((potential - double(side.reference[i])) / eps);
+    return T((x + shift) - shift);
   }
   void split_all(Side<T>& side, bool centred) {
     for (int64_t i = 0; i < side.count; ++i) {

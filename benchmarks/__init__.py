@@ -1,0 +1,1 @@
+"""Benchmarks of `pisces_kernels` against its peers; see README.md."""
