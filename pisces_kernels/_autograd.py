@@ -51,10 +51,11 @@ def _only_computes(inputs: tuple[Any, ...]) -> bool:
     ):
         return False
     for x in inputs:
-        if isinstance(x, Tensor):
-            ordinary = type(x) is Tensor or type(x) is Parameter
-            if not ordinary or _dispatch_keys(x).raw_repr() | _TENSOR_KEYS != _TENSOR_KEYS:
+        if type(x) is Tensor or type(x) is Parameter:
+            if _dispatch_keys(x).raw_repr() | _TENSOR_KEYS != _TENSOR_KEYS:
                 return False
+        elif isinstance(x, Tensor):
+            return False
     return True
 
 

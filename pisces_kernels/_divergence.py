@@ -150,7 +150,7 @@ def _self_transport(
         g=f,
         n_iters=n_iters.reshape(batch),
         residual=residual,
-        converged=residual < tol,
+        tol=tol,
         a=weights,
         b=weights,
         epsilon=like.epsilon,

@@ -157,7 +157,9 @@ def check_points(who: str, x: Tensor, y: Tensor, cost: str) -> tuple[Tensor, Ten
     if cost not in COSTS:
         raise ValueError(f"{who}: cost is {cost!r}, expected one of {COSTS}. For others use sinkhorn(matrix, ...).")
     try:
-        batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        batch = x.shape[:-2]
+        if batch != y.shape[:-2]:
+            batch = torch.broadcast_shapes(batch, y.shape[:-2])
     except RuntimeError:
         raise ValueError(
             f"{who}: y has shape {tuple(y.shape)}, expected leading dimensions that broadcast with those of x, "

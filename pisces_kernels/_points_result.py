@@ -35,8 +35,7 @@ class PointsResult(Solution):
         n_iters: [...] int32, iterations that ran.
         residual: [...], largest change of f/epsilon or g/epsilon in the last iteration. NaN says that a point or a
             start of the problem is not finite, or that a cost or potential overflowed (the potentials are NaN then).
-        converged: [...] bool, residual < tol; with tol = 0: residual == 0. False is a documented answer: max_iters was
-            reached, the problem is infeasible (balanced with unequal masses), or the residual is NaN.
+        tol: residual below which a problem has converged.
         x: [..., N, D], y: [..., M, D], cost: its name, a: [..., N], b: [..., M], epsilon: [...], tau: (tau_a, tau_b),
             mass: [...] or None, row_mask, col_mask, gradient: the problem that was solved.
         backend: what solved it, and computes everything that follows: "reference" or "cpu".

@@ -51,7 +51,7 @@ class Problem(NamedTuple):
             "g": g,
             "n_iters": n_iters,
             "residual": residual,
-            "converged": residual.double() < self.tol if self.tol > 0 else residual == 0,
+            "tol": self.tol,
             "a": self.a,
             "b": self.b,
             "epsilon": self.epsilon,
@@ -65,6 +65,8 @@ class Problem(NamedTuple):
 
 def flat(tensor: Tensor, batch: Sequence[int]) -> Tensor:
     """[..., X] -> [P, X], the problems in one dimension."""
+    if len(batch) == 1:
+        return tensor
     return tensor.reshape(math.prod(batch), *tensor.shape[len(batch) :])
 
 

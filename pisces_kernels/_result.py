@@ -22,8 +22,7 @@ class Solution:
         n_iters: [...] int32, iterations that ran.
         residual: [...], largest change of f/epsilon or g/epsilon in the last iteration. NaN says that the
             problem's cost or start has a non-finite entry, or that its potentials overflowed (they are NaN then).
-        converged: [...] bool, residual < tol; with tol = 0: residual == 0. False is a documented answer: max_iters was
-            reached, the problem is infeasible (balanced with unequal masses), or the residual is NaN.
+        tol: residual below which a problem has converged.
         a: [..., N], b: [..., M], epsilon: [...], tau: (tau_a, tau_b), mass: [...] or None, row_mask, col_mask,
             gradient: the problem that was solved.
     """
@@ -32,7 +31,7 @@ class Solution:
     g: Tensor
     n_iters: Tensor
     residual: Tensor
-    converged: Tensor
+    tol: float
     a: Tensor
     b: Tensor
     epsilon: Tensor
@@ -41,6 +40,15 @@ class Solution:
     row_mask: Tensor | None
     col_mask: Tensor | None
     gradient: str
+
+    @property
+    def converged(self) -> Tensor:
+        """[...] bool, residual < tol; with tol = 0: residual == 0.
+
+        False is a documented answer: max_iters was reached, the problem is infeasible (balanced with unequal masses),
+        or the residual is NaN.
+        """
+        return self.residual.double() < self.tol if self.tol > 0 else self.residual == 0
 
     def __repr__(self) -> str:
         shapes = f"f={list(self.f.shape)}, g={list(self.g.shape)}"
@@ -57,8 +65,7 @@ class SinkhornResult(Solution):
         n_iters: [...] int32, iterations that ran.
         residual: [...], largest change of f/epsilon or g/epsilon in the last iteration. NaN says that the
             problem's cost or start has a non-finite entry, or that its potentials overflowed (they are NaN then).
-        converged: [...] bool, residual < tol; with tol = 0: residual == 0. False is a documented answer: max_iters was
-            reached, the problem is infeasible (balanced with unequal masses), or the residual is NaN.
+        tol: residual below which a problem has converged.
         cost: [..., N, M], a: [..., N], b: [..., M], epsilon: [...], tau: (tau_a, tau_b), mass: [...] or None, row_mask,
             col_mask, gradient: the problem that was solved.
     """

@@ -131,7 +131,7 @@ def sinkhorn(
         start if start is None or with_start else start.detach() for start in (problem.f_init, problem.g_init)
     )
     f, g, n_iters, residual = _solve(
-        held(cost.to(problem.dtype)),
+        held(cost if cost.dtype == problem.dtype else cost.to(problem.dtype)),
         held(problem.a),
         held(problem.b),
         held(problem.epsilon),

@@ -118,7 +118,9 @@ def prepare(
         return torch.nn.functional.normalize(x, dim=-1), torch.nn.functional.normalize(y, dim=-1)
     n_rows = x.shape[-2] if row_mask is None else row_mask.sum(-1)[..., None, None]
     n_cols = y.shape[-2] if col_mask is None else col_mask.sum(-1)[..., None, None]
-    count = torch.as_tensor(n_rows + n_cols, dtype=x.dtype, device=x.device).clamp_min(1)
+    count = n_rows + n_cols
+    if isinstance(count, Tensor):
+        count = count.clamp_min(1).to(x.dtype)
     # Any common point will do, so its own gradient and its rounding do not matter.
     centre = (x.detach().sum(-2, keepdim=True) + y.detach().sum(-2, keepdim=True)) / count
     x, y = x - centre, y - centre

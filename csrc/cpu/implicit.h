@@ -24,9 +24,9 @@ template <class T, class W> struct Implicit {
   int64_t p;
   Team* team;
   Density<T, W> d;
-  int64_t stride;  // rows of E with padding, and of H
-  W* E;            // [stride, padded]; rows from n on are 0
-  double* H;       // [stride, stride], lower triangle
+  int64_t height, stride;  // rows of E and H with padding; numbers from one row of H to the next, whole vectors
+  W* E;                    // [height, padded]; rows from n on are 0
+  double* H;               // [height, stride], lower triangle
   double *s, *tau_a, *grad_f[2], *v[2], *z, *rest;  // v = tau_a x. The second right-hand side is the mass's border
   double *t, *tau_b, *grad_g[2], *u[2];             // u = tau_b y
   int32_t* free_row;  // rows whose x is unknown and has influence
@@ -37,14 +37,14 @@ template <class T, class W> struct Implicit {
 
   void layout(Arena& arena, int64_t N, int64_t M) {
     d.layout(arena, N, M);
-    stride = round_up(N, GROUP);
+    height = round_up(N, GROUP), stride = round_up(height, LANES<double>);
     const int64_t padded = round_up(M, LANES<W>);
-    E = arena.take<W>(stride * padded), H = arena.take<double>(stride * stride);
+    E = arena.take<W>(height * padded), H = arena.take<double>(height * stride);
     double** of_rows[] = {&s, &tau_a, &grad_f[0], &grad_f[1], &v[0], &v[1], &z, &rest};
-    for (double** x : of_rows) *x = arena.take<double>(stride);
+    for (double** x : of_rows) *x = arena.take<double>(height);
     double** of_cols[] = {&t, &tau_b, &grad_g[0], &grad_g[1], &u[0], &u[1]};
     for (double** x : of_cols) *x = arena.take<double>(padded);
-    free_row = arena.take<int32_t>(N), row_factor = arena.take<W>(stride);
+    free_row = arena.take<int32_t>(N), row_factor = arena.take<W>(height);
     col_factor = arena.take<W>(padded), col_other = arena.take<W>(padded);
     const RowParts chunks(N, M);
     for (int64_t c = 0; c < chunks.count; ++c)
@@ -106,7 +106,7 @@ template <class T, class W> struct Implicit {
         s[i] = double(sum_lanes<W>(sum));
       }
     });
-    memset(E + d.n * d.padded, 0, size_t((stride - d.n) * d.padded) * sizeof(W));
+    memset(E + d.n * d.padded, 0, size_t((height - d.n) * d.padded) * sizeof(W));
     add_sums(t);
     bool in_range = true;
     for (int64_t i = 0; i < d.n; ++i) in_range = in_range && s[i] >= double(R::SUM_LOW) && s[i] <= double(R::SUM_HIGH);
@@ -352,11 +352,13 @@ template <class T> void transpose(const T* from, T* to, int64_t rows, int64_t co
 
 template <class T> size_t implicit_scratch(const ImplicitTask<T>& task) {
   const int64_t rows = task.problem.rows, cols = task.problem.cols;
-  Arena count{nullptr};
-  if (rows > cols) count.take<T>(rows * cols);
-  Implicit<T, double> work;
-  work.layout(count, rows < cols ? rows : cols, rows < cols ? cols : rows);
-  return count.used;
+  const int64_t shorter = rows < cols ? rows : cols, longer = rows < cols ? cols : rows;
+  Arena turned{nullptr};
+  if (rows > cols) turned.take<T>(rows * cols);
+  Arena narrow = turned, wide = turned;  // T pads its rows further than double does: either may be the larger one
+  Implicit<T, T>().layout(narrow, shorter, longer);
+  Implicit<T, double>().layout(wide, shorter, longer);
+  return narrow.used > wide.used ? narrow.used : wide.used;
 }
 
 template <class T, class W> bool implicit_in(const ImplicitTask<T>& task, int64_t p, Arena arena, Team* team) {
