@@ -28,7 +28,7 @@ def main() -> None:
             "HOME": str(home),
             "PYTHONPATH": guard,
             "TMPDIR": str(temporary),
-            # 24 steps amplify rounding: one seed gains .08 to .16, whatever its sums are. Hence the mean of a few seeds;
+            # 24 steps amplify rounding: the gain of one seed is anything from .08 to .16. Hence the mean of a few seeds;
             # one thread makes the run the same on machines of any number of cores.
             "OMP_NUM_THREADS": "1",
         }
