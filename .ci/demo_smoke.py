@@ -28,8 +28,8 @@ def main() -> None:
             "HOME": str(home),
             "PYTHONPATH": guard,
             "TMPDIR": str(temporary),
-            # 24 steps amplify rounding: the gain of one seed is anything from .08 to .16. Hence the mean of a few seeds;
-            # one thread makes the run the same on machines of any number of cores.
+            # 24 steps amplify rounding: the gain of one seed is anything from .08 to .16. Hence the mean of a few
+            # seeds; one thread makes the run the same on machines of any number of cores.
             "OMP_NUM_THREADS": "1",
         }
         started = time.monotonic()
