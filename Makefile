@@ -7,7 +7,7 @@ BENCH_FLAGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-peers test-native bench lint install checkpoints clean help
+.PHONY: demo test test-peers test-native test-emulator bench lint install checkpoints clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -25,6 +25,10 @@ test-native: $(READY)  ## the CPU kernels alone: under sanitizers, and cross-com
 	$(BIN)/python tests/native/run.py
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt ziglang
 	$(BIN)/python tests/native/run.py --aarch64
+
+test-emulator: $(READY)  ## the CUDA kernels on the CPU: random schedules, sanitizers, known bugs that must be found; needs CUDA's headers
+	$(BIN)/python tests/emulator/run.py
+	$(BIN)/python tests/emulator/run.py --mutations
 
 bench: $(READY)  ## ours against its peers, about 20 minutes on an idle machine: docs/benchmarks.md (BENCH_FLAGS="--only cost --smoke")
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,bench]"

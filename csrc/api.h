@@ -183,15 +183,22 @@ template <class T> void cpu_plan_backward(const PlanBackwardTask<T>&, int thread
 template <class T> void cpu_implicit(const ImplicitTask<T>&, int threads);
 template <class T> void cpu_unrolled(const UnrolledTask<T>&, int threads);
 
-// CUDA launchers; defined only when nvcc was there. A null message means success.
+// CUDA launchers; defined only when nvcc was there, and by the emulator of the tests. They compute in float. A null message
+// means success. All pointers are on `device`. Asynchronous on the stream and capturable in a graph: they neither allocate
+// nor synchronise.
+enum class Storage : int { float32, bfloat16, float16 };
+struct CudaCall {
+  Storage storage;  // of the cost in memory, whatever its pointer's type
+  int device;
+  uintptr_t stream;
+  void* workspace;  // as many bytes as the function's *_workspace asks for, aligned to 256; need not be cleared
+};
 struct CudaStatus {
   int devices;
   const char* message;
 };
 CudaStatus cuda_devices();
-// Elements of workspace that one launch needs.
-template <class T> size_t cuda_sinkhorn_workspace(const SinkhornTask<T>&);
-// All pointers on the given device. mass must be null. Asynchronous on the stream.
-template <class T> const char* cuda_sinkhorn(const SinkhornTask<T>&, T* workspace, int device, uintptr_t stream);
+size_t cuda_sinkhorn_workspace(const SinkhornTask<float>&, const CudaCall&);  // bytes
+const char* cuda_sinkhorn(const SinkhornTask<float>&, const CudaCall&);
 
 }  // namespace pk

@@ -1,6 +1,7 @@
 // Python bindings: addresses and sizes in, launchers out. No framework is known here; the Python adapters check shapes.
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "tasks.h"
 
@@ -46,17 +47,21 @@ template <class T> void bind_cpu(py::module_& m, const std::string& suffix) {
 }
 
 #ifdef PK_HAVE_CUDA
-template <class T> void bind_cuda(py::module_& m, const std::string& suffix) {
-  m.def(("cuda_sinkhorn_workspace_" + suffix).c_str(),
-        [](const py::tuple& values) { return pk::cuda_sinkhorn_workspace(sinkhorn_task<T>(values)); });
-  m.def(("cuda_sinkhorn_" + suffix).c_str(), [](const py::tuple& values, uintptr_t workspace, int device, uintptr_t stream) {
-    const auto task = sinkhorn_task<T>(values);
+// Where a CUDA launcher runs: (storage of the tensors that may be 16 bits wide, device, stream), and a function that
+// allocates its workspace: bytes -> address. It is called before the launch, if there is something to allocate.
+using Place = std::tuple<int, int, uintptr_t>;
+void bind_cuda(py::module_& m) {
+  m.def("cuda_sinkhorn", [](const py::tuple& values, const Place& place, const py::function& allocate) {
+    const auto task = sinkhorn_task<float>(values);
+    pk::CudaCall call{pk::Storage(std::get<0>(place)), std::get<1>(place), std::get<2>(place), nullptr};
+    const size_t bytes = pk::cuda_sinkhorn_workspace(task, call);
+    if (bytes > 0) call.workspace = at<void>(allocate(bytes).cast<uintptr_t>());
     const char* problem;
     {
       py::gil_scoped_release release;
-      problem = pk::cuda_sinkhorn(task, at<T>(workspace), device, stream);
+      problem = pk::cuda_sinkhorn(task, call);
     }
-    if (problem != nullptr) throw std::runtime_error(std::string("pisces_kernels CUDA sinkhorn: ") + problem);
+    if (problem != nullptr) throw std::runtime_error(std::string("sinkhorn: backend 'cuda': ") + problem);
   });
 }
 #endif
@@ -78,7 +83,10 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+#ifndef PK_MODULE
+#define PK_MODULE _C
+#endif
+PYBIND11_MODULE(PK_MODULE, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of pisces_kernels; use the functions of the package instead.";
   m.def("build_info", &build_info);
   m.def("use_instruction_set", [](const py::object& name) -> std::string {
@@ -90,8 +98,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_cpu<float>(m, "f32");
   bind_cpu<double>(m, "f64");
 #ifdef PK_HAVE_CUDA
-  bind_cuda<float>(m, "f32");
-  bind_cuda<double>(m, "f64");
+  bind_cuda(m);
   m.def("cuda_devices", [] {
     const pk::CudaStatus status = pk::cuda_devices();
     return py::make_tuple(status.devices, status.message);

@@ -125,13 +125,16 @@ def sinkhorn(
         gradient=gradient,
     )
     chosen = _dispatch.resolve(WHO, backend, cost.device, _dispatch.BACKENDS)
+    if chosen == "cuda":
+        _cuda.refuse(cost, problem.dtype, problem.mass, acceleration)
+    as_stored = chosen == "cuda" or cost.dtype == problem.dtype  # the CUDA kernel reads 16-bit costs itself
     held = problem.constant_unless_differentiated
     with_start = gradient == "unrolled"  # the fixed point does not depend on where the iteration starts
     f_start, g_start = (
         start if start is None or with_start else start.detach() for start in (problem.f_init, problem.g_init)
     )
     f, g, n_iters, residual = _solve(
-        held(cost if cost.dtype == problem.dtype else cost.to(problem.dtype)),
+        held(cost if as_stored else cost.to(problem.dtype)),
         held(problem.a),
         held(problem.b),
         held(problem.epsilon),
@@ -208,8 +211,8 @@ def _(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, *unused: object) -> t
     return (
         torch.empty_like(a, memory_format=torch.contiguous_format),
         torch.empty_like(b, memory_format=torch.contiguous_format),
-        cost.new_empty(cost.shape[:-2], dtype=torch.int32),
-        cost.new_empty(cost.shape[:-2]),
+        a.new_empty(cost.shape[:-2], dtype=torch.int32),
+        a.new_empty(cost.shape[:-2]),
     )
 
 
@@ -226,8 +229,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 @without_autocast
 def _backward(ctx: Any, grad_f: Tensor, grad_g: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    cost, a, b, epsilon, mass, row_mask, col_mask, *rest = ctx.saved_tensors
+    stored, a, b, epsilon, mass, row_mask, col_mask, *rest = ctx.saved_tensors
     tau_a, tau_b, max_iters, gradient, backend = ctx.options
+    cost = stored.to(a.dtype)
     grad_f_init = grad_g_init = None
     if gradient == "unrolled":
         f_init, g_init, n_iters = rest
@@ -246,8 +250,8 @@ def _backward(ctx: Any, grad_f: Tensor, grad_g: Tensor, *unused: Tensor) -> tupl
         grad_mass = None if mass is None else to_mass.to(mass.dtype)
     grad_cost, grad_a, grad_b, grad_epsilon = grads
     return (
-        grad_cost, grad_a, grad_b, grad_epsilon.to(epsilon.dtype), None, None, grad_mass, None, None, None, None, None,
-        grad_f_init, grad_g_init, None, None,
+        grad_cost.to(stored.dtype), grad_a, grad_b, grad_epsilon.to(epsilon.dtype), None, None, grad_mass,
+        None, None, None, None, None, grad_f_init, grad_g_init, None, None,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def sinkhorn_task(
     g_init = None if g_init is None else g_init.contiguous()
     *batch, rows, cols = cost.shape
     f, g = a.new_empty(a.shape), b.new_empty(b.shape)
-    n_iters, residual = cost.new_empty(batch, dtype=torch.int32), cost.new_empty(batch)
+    n_iters, residual = a.new_empty(batch, dtype=torch.int32), a.new_empty(batch)
     task = (  # the fields of pk::SinkhornTask (csrc/api.h), in its order
         cost.data_ptr(),
         a.data_ptr(),

@@ -1,0 +1,210 @@
+// Solves one problem with a team of blocks: iterations without exponentials where a float holds K, new references when the
+// scalings grow large, log-domain iterations where nothing else is right. Everything is decided on the device.
+#pragma once
+#include "log_domain.cuh"
+#include "scaling.cuh"
+
+namespace pk {
+
+struct Inputs {  // of one problem; null where optional
+  const float *a, *b;  // null: uniform over what exists
+  const uint8_t *row_mask, *col_mask;
+  const float *f_init, *g_init;
+  float epsilon, tau_a, tau_b, tol;
+  int max_iters;
+};
+struct Outcome {
+  int iterations;
+  float residual;  // NaN: the potentials are not finite
+  bool empty;      // no weight on one side
+};
+
+namespace device {
+
+constexpr float LN2 = 0.6931471805599453f;
+
+template <int ROWS, class Cost> struct Solver {
+  Problem problem;
+  Peers peers;
+  Cost cost;
+  int iterations, failures, log_left;  // failures in a row; log-domain iterations before K is tried again
+  bool scaled;                         // K and the row sums fit the potentials
+  bool renew;                          // K is to be built at the references
+  float residual;
+
+  // All threads of all blocks of the team. Afterwards problem.row_potential and col_potential are the solution.
+  __device__ Outcome solve(const Inputs& in) {
+    problem.scale = 1.0f / (in.epsilon * LN2), problem.inverse_scale = in.epsilon * LN2;
+    problem.rows.tau = in.tau_a, problem.cols.tau = in.tau_b;
+    problem.rows.turned = problem.cols.turned = false;
+    __syncthreads();  // the last problem's results have been read
+    const float total_a = block_reduce<float, false>(load_side(problem.rows, in.a, in.row_mask, in.f_init, 0, problem.n,
+                                                               problem.row_stride), problem.scratch);
+    float total_b = load_side(problem.cols, in.b, in.col_mask, in.g_init, problem.first, problem.m, problem.col_stride);
+    if (in.b == nullptr) {
+      total_b = peers.sum(total_b, problem.scratch);  // so far a number of columns
+      weigh_evenly(problem.cols, problem.col_stride, total_b);
+      total_b = total_b > 0 ? 1.0f : 0.0f;
+    } else {
+      total_b = peers.sum(total_b, problem.scratch);
+    }
+    if (in.a == nullptr) weigh_evenly(problem.rows, problem.row_stride, total_a);
+    __syncthreads();
+    if (total_a <= 0 || total_b <= 0) return {0, 0.0f, true};
+
+    float low = INFINITY, high = -INFINITY;
+    bool sound = isfinite(total_a) && isfinite(total_b) && see_cost(low, high) && finite_potentials();
+    sound = peers.all(sound, problem.scratch);
+    low = -peers.maximum(-low, problem.scratch), high = peers.maximum(high, problem.scratch);
+    if (!sound) return {0, NAN, false};
+    iterations = failures = log_left = 0, residual = INFINITY, scaled = false;
+    renew = in.f_init == nullptr && in.g_init == nullptr && (high - low) * problem.scale <= SCALING_HIGH;
+    if (renew) start_close(low);
+    bool half = in.f_init != nullptr && in.g_init == nullptr;  // a start from f alone: half an iteration is not counted
+    while (iterations < in.max_iters) {
+      const bool counts = !renew && !half;
+      iterations += counts;
+      step(half);
+      half = false;
+      if (counts && residual < in.tol) break;
+    }
+    if (!peers.all(finite_potentials(), problem.scratch)) return {iterations, NAN, false};
+    if (in.tau_a == 1.0f && in.tau_b == 1.0f) choose_constant(total_a, total_b, in.a == nullptr);
+    __syncthreads();
+    return {iterations, residual, false};
+  }
+
+  // ---- begin and end ---------------------------------------------------------------------------------------------------
+
+  // Returns this thread's part of the weights; without weights, of the entries that exist.
+  __device__ float load_side(Side& side, const float* weight, const uint8_t* mask, const float* init, int first, int size,
+                             int stride) {
+    float total = 0;
+    for (int i = threadIdx.x; i < stride; i += blockDim.x) {
+      const bool there = i < size && (mask == nullptr || mask[first + i]);
+      const float w = there ? weight ? weight[first + i] : 1.0f : ABSENT;
+      total += there ? w : 0.0f;
+      side.weight(i) = w, side.reference(i) = there && init ? init[first + i] : 0.0f;
+      side.log_scaling(i) = side.next(i) = side.damping(i) = side.scaled(i) = 0;
+    }
+    return total;
+  }
+  __device__ void weigh_evenly(Side& side, int stride, float count) {
+    for (int i = threadIdx.x; i < stride; i += blockDim.x)
+      if (exists(side.weight(i))) side.weight(i) = 1.0f / count;
+  }
+  // Range of the entries that this thread reads. Returns whether they are finite.
+  __device__ bool see_cost(float& low, float& high) {
+    float zero = 0;
+    for (int j = threadIdx.x; j < problem.m; j += blockDim.x) {
+      if (!exists(problem.cols.weight(j))) continue;
+      const auto column = cost.column(problem.first + j);
+      for (int i = 0; i < problem.n; ++i) {
+        if (!exists(problem.rows.weight(i))) continue;
+        const float entry = column.at(i);
+        low = min(low, entry), high = max(high, entry), zero += entry - entry;
+      }
+    }
+    return zero == 0;
+  }
+  __device__ bool finite_potentials() {
+    bool finite = true;
+    for (int i = threadIdx.x; i < problem.n; i += blockDim.x) finite = finite && isfinite(problem.row_potential(i));
+    for (int j = threadIdx.x; j < problem.m; j += blockDim.x) finite = finite && isfinite(problem.col_potential(j));
+    return finite;
+  }
+  // f + c and g - c are the same plan: choose sum a f = sum b g, which treats rows and columns alike.
+  __device__ void choose_constant(float total_a, float total_b, bool even_rows) {
+    float of_rows = 0, of_cols = 0;
+    for (int i = threadIdx.x; i < problem.n; i += blockDim.x)
+      if (problem.rows.weight(i) > 0) of_rows += problem.rows.weight(i) * problem.row_potential(i);
+    for (int j = threadIdx.x; j < problem.m; j += blockDim.x)
+      if (problem.cols.weight(j) > 0) of_cols += problem.cols.weight(j) * problem.col_potential(j);
+    const float gap = block_reduce<float, false>(of_rows, problem.scratch) - peers.sum(of_cols, problem.scratch);
+    const float shift = gap / ((even_rows ? 1.0f : total_a) + total_b);
+    for (int i = threadIdx.x; i < problem.n; i += blockDim.x)
+      if (exists(problem.rows.weight(i))) problem.rows.reference(i) -= shift;
+    for (int j = threadIdx.x; j < problem.m; j += blockDim.x)
+      if (exists(problem.cols.weight(j))) problem.cols.reference(j) += shift;
+  }
+
+  // ---- iterations ------------------------------------------------------------------------------------------------------
+
+  // Close costs: K at f = low, g = 0 fits. The row potential stays 0: the first change is measured against it.
+  __device__ void start_close(float low) {
+    for (int i = threadIdx.x; i < problem.row_stride; i += blockDim.x)
+      if (exists(problem.rows.weight(i)))
+        problem.rows.reference(i) = low, problem.rows.log_scaling(i) = -low * problem.scale;
+  }
+  __device__ void absorb() {
+    __syncthreads();
+    centre(problem.rows, problem.row_stride, problem.scale, problem.inverse_scale);
+    centre(problem.cols, problem.col_stride, problem.scale, problem.inverse_scale);
+    renew = true;
+  }
+
+  // Build K, or one iteration: f, then g; only g if `half`. After steps that floats cannot represent, log-domain iterations
+  // take over for a while: twice as many after each failure, up to 64. Each part is called in one place: it is inlined.
+  __device__ void step(bool half) {
+    const bool was_scaled = scaled, building = renew;
+    float moved = 0, trouble = 0;
+    if (building) {
+      __syncthreads();
+      build_kernel(problem, cost);
+      __syncthreads();
+      scaled = true;
+    } else if (scaled) {
+      const Votes votes = scale_rows(problem);
+      scaled = votes.trouble < BAD;
+      if (scaled) accept(problem.rows), moved = votes.moved, trouble = votes.trouble;
+    }
+    const bool logs = !scaled;
+    if (logs) begin_logs(problem);
+    if (logs && !half) moved = block_reduce<float, true>(log_rows(problem, cost, peers), problem.scratch);
+    if (scaled) {
+      const Votes votes = scale_columns<ROWS>(problem, !building, peers);
+      if (building) {
+        renew = false;
+        return;
+      }
+      scaled = votes.trouble < BAD;
+      if (scaled) accept(problem.cols), moved = max(moved, votes.moved), trouble = max(trouble, votes.trouble);
+      else begin_logs(problem);
+    }
+    if (!scaled) moved = max(moved, peers.maximum(log_columns(problem, cost), problem.scratch));
+    residual = moved * LN2;
+    bool again = false;
+    if (scaled) {
+      failures = 0;
+      // Slow convergence adds up the rounding of the scalings' logs: with new references they are small again.
+      again = trouble == WIDE || (iterations >= 128 && (iterations & (iterations - 1)) == 0);
+    } else if (was_scaled) {
+      again = ++failures < 2;
+      if (!again) log_left = 1 << (failures < 8 ? failures - 2 : 6);
+    } else if (!half) {
+      again = --log_left <= 0;
+    }
+    if (again) absorb();
+  }
+};
+
+// Entries of a cost in memory.
+struct DenseCost {
+  const void* entries;  // [n, m]
+  Storage storage;
+  int m;
+  struct Column {
+    const DenseCost& cost;
+    int j;
+    __device__ float at(int i) const {
+      const int64_t entry = int64_t(i) * cost.m + j;
+      if (cost.storage == Storage::float32) return __ldg(static_cast<const float*>(cost.entries) + entry);
+      if (cost.storage == Storage::bfloat16) return to_float(static_cast<const __nv_bfloat16*>(cost.entries)[entry]);
+      return to_float(static_cast<const __half*>(cost.entries)[entry]);
+    }
+  };
+  __device__ Column column(int j) const { return {*this, j}; }
+};
+
+}  // namespace device
+}  // namespace pk

@@ -1,0 +1,115 @@
+"""Known bugs of CUDA kernels, to be put into the sources one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TINY = ("tiny", "tiny_80")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One bug: a text that occurs once in a file of csrc/cuda, and what takes its place."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    found_by: tuple[str, ...]  # ways of running that are tried: plain, address, thread
+    program: str = "test_sinkhorn"
+    devices: tuple[str, ...] = TINY
+
+
+MUTATIONS = (
+    Mutation(
+        "no barrier between partial sums and their total",
+        "scaling.cuh",
+        "    cast(seen.votes(), problem.votes(true));\n    __syncthreads();\n    float* const sums",
+        "    cast(seen.votes(), problem.votes(true));\n    float* const sums",
+        ("plain", "thread"),
+    ),
+    Mutation(
+        "no barrier between the two passes",
+        "scaling.cuh",
+        "    }\n    __syncthreads();\n  }\n  const int lane",
+        "    }\n  }\n  const int lane",
+        ("thread",),
+    ),
+    Mutation(
+        "no barrier before the rows' votes are counted",
+        "scaling.cuh",
+        "  cast(seen.votes(), problem.votes(false));\n  __syncthreads();\n",
+        "  cast(seen.votes(), problem.votes(false));\n",
+        ("plain", "thread"),
+    ),
+    Mutation(
+        "a cluster that meets block by block",
+        "peers.cuh",
+        "      cluster_sync();\n      return;",
+        "      __syncthreads();\n      return;",
+        ("plain", "thread"),
+    ),
+    Mutation(
+        "a grid that does not wait for the others",
+        "peers.cuh",
+        "while (int(load_acquire(counter) - target) < 0) relax();",
+        "load_acquire(counter);",
+        ("plain", "thread"),
+    ),
+    Mutation(
+        "exchange buffers that do not take turns",
+        "peers.cuh",
+        "{ turn ^= 1; }",
+        "{ turn ^= 0; }",
+        ("plain", "thread"),
+    ),
+    Mutation(
+        "a block that leaves the cluster while others read its memory",
+        "sinkhorn.cu",
+        "  if (place.meeting == Meeting::cluster) cluster_sync();",
+        "  if (place.meeting == Meeting::cluster && solver.peers.rank > 99) cluster_sync();",
+        ("plain", "address", "thread"),
+    ),
+    Mutation(
+        "off by one in shared memory",
+        "placement.h",
+        "const size_t slots = 2 * sizeof(float) *",
+        "const size_t slots = sizeof(float) *",
+        ("plain", "address"),
+    ),
+    Mutation(
+        "off by one in global memory",
+        "sinkhorn.cu",
+        "for (int j = threadIdx.x; j < problem.m; j += blockDim.x) {\n      const bool there",
+        "for (int j = threadIdx.x; j <= problem.m; j += blockDim.x) {\n      const bool there",
+        ("address",),
+    ),
+    Mutation(
+        "a mask that leaves out half of the warp",
+        "scaling.cuh",
+        "__shfl_xor_sync(ALL_LANES, give, 16)",
+        "__shfl_xor_sync(0x0000ffffu, give, 16)",
+        ("plain",),
+    ),
+    Mutation(
+        "an accumulator that is not set to zero",
+        "scaling.cuh",
+        "  for (int i = 0; i < ROWS; ++i) sums[i] = 0;",
+        "  for (int i = 0; i < ROWS; ++i) sums[i] = problem.partial[i];",
+        ("plain", "thread"),
+    ),
+    Mutation(
+        "a masked column that ends a row",
+        "log_domain.cuh",
+        "(!exists(problem.cols.weight(j))) continue;\n      const float entry = cost.column(problem.first + j)",
+        "(!exists(problem.cols.weight(j))) break;\n      const float entry = cost.column(problem.first + j)",
+        ("plain",),
+    ),
+    Mutation(
+        "a masked row that counts",
+        "log_domain.cuh",
+        "const bool both = there && exists(problem.rows.weight(i));",
+        "const bool both = there;",
+        ("plain", "address"),
+    ),
+)

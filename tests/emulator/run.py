@@ -1,0 +1,174 @@
+"""Builds the CUDA kernels for the CPU emulator and runs their tests, without a GPU.
+
+    python tests/emulator/run.py               # plain in random schedules, then AddressSanitizer, then ThreadSanitizer
+    python tests/emulator/run.py --mutations   # known bugs, put in one at a time: each has to be found
+    python tests/emulator/run.py --module      # the Python bindings of the emulated kernels: prints the module's path
+
+ThreadSanitizer is the race detector: in shared, cluster and global memory, a missing barrier is reported with its line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from mutations import MUTATIONS, Mutation
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "emulator"
+DEVICES = ("sm_90", "sm_80", "tiny", "tiny_80")
+CPU = ["-DOPTIMIZATION=-O1"]  # the CPU kernels are only compared with
+SANITIZERS = {
+    "plain": [],
+    "address": ["-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all"],
+    "thread": ["-DCMAKE_CXX_FLAGS=-fsanitize=thread"],
+}
+LIMIT = 300  # seconds for one run of one program
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of a test program said."""
+
+    status: int
+    text: str
+
+    def reason(self) -> str:
+        """The line that tells why it failed."""
+        for line in self.text.splitlines():
+            if line.startswith(("FAIL", "EMULATOR", "SUMMARY")) or "runtime error" in line or "ERROR:" in line:
+                return line.strip()[:140]
+        return f"status {self.status}"
+
+
+def tool(name: str) -> str:
+    """A build tool: beside this interpreter first, then on PATH."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise SystemExit(f"{name} was not found. Install the project's dev extra: pip install -e '.[dev]'")
+    return found
+
+
+def build(name: str, *options: str, target: str = "all") -> Path:
+    """Configure and build one variant: its folder."""
+    folder = BUILD / name
+    arguments = ["-DEMULATOR=ON", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", *CPU, *options]
+    for command in (
+        [tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *arguments],
+        [tool("cmake"), "--build", str(folder), "--target", target],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    return folder
+
+
+def execute(program: Path, device: str, seed: int) -> Run:
+    """Run a test program once, its data and its schedule drawn from the seed."""
+    environment = os.environ | {
+        "PK_DEVICE": device,
+        "PK_SEED": str(seed),
+        "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1:exitcode=67",
+    }
+    try:
+        done = subprocess.run([str(program), str(seed)], capture_output=True, text=True, env=environment, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return Run(124, f"FAIL no end after {LIMIT} s")
+    return Run(done.returncode, done.stdout + done.stderr)
+
+
+def test(name: str, seeds: list[int], devices: tuple[str, ...]) -> None:
+    """Build one variant and run all programs; stop at the first that fails."""
+    folder = build(name, *SANITIZERS[name])
+    programs = sorted(path for path in folder.glob("test_*") if path.is_file() and os.access(path, os.X_OK))
+    jobs = [(program, device, seed) for program in programs for device in devices for seed in seeds]
+    checks = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (program, device, seed), run in zip(jobs, pool.map(lambda job: execute(*job), jobs), strict=True):
+            passed = sum(line.startswith("ok") for line in run.text.splitlines())
+            if run.status != 0 or passed == 0:
+                print(f"{name}: {program.name} {seed} with PK_DEVICE={device} PK_SEED={seed}: {run.reason()}")
+                print(run.text[-3000:])
+                raise SystemExit(1)
+            checks += passed
+    print(f"{name}: {len(jobs)} runs of {len(programs)} programs, {checks} checks passed", flush=True)
+
+
+def mutated(mutation: Mutation) -> Path:
+    """A copy of the sources with the bug in it."""
+    copy = BUILD / "mutated" / "csrc"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc", copy)
+    path = copy / "cuda" / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        raise SystemExit(f"mutation '{mutation.name}': its text is {text.count(mutation.old)} times in {mutation.file}")
+    path.write_text(text.replace(mutation.old, mutation.new))
+    return copy / "cuda"
+
+
+def find_mutations(seed: int) -> None:
+    """Every mutation must be found by one way of running at least."""
+    missed = []
+    for mutation in MUTATIONS:
+        kernels = mutated(mutation)
+        found = {}
+        for name in mutation.found_by:
+            if found:
+                break
+            options = [*SANITIZERS[name], f"-DCUDA_KERNELS={kernels}"]
+            folder = build(f"mutated-{name}", *options, target=mutation.program)
+            for device in mutation.devices:
+                run = execute(folder / mutation.program, device, seed)
+                if run.status != 0:
+                    found[name] = run.reason()
+                    break
+        print(f"{'found ' if found else 'MISSED'} {mutation.name}", flush=True)
+        for name, reason in found.items():
+            print(f"         {name}: {reason}")
+        if not found:
+            missed.append(mutation.name)
+    print(f"{len(MUTATIONS) - len(missed)} of {len(MUTATIONS)} mutations found (seed {seed})")
+    if missed:
+        raise SystemExit(f"not found: {', '.join(missed)}")
+
+
+def build_module() -> Path:
+    """The extension with the kernels compiled for the CPU, for the tests in Python."""
+    command = [sys.executable, "-m", "pybind11", "--cmakedir"]
+    cmake_dir = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    options = ["-DEMULATED_MODULE=ON", f"-Dpybind11_DIR={cmake_dir}", f"-DPython_EXECUTABLE={sys.executable}"]
+    (path,) = build("module", *options, target="_emulated").glob("_emulated*.so")
+    return path
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mutations", action="store_true", help="put known bugs in: each has to be found")
+    parser.add_argument("--module", action="store_true", help="build the Python module and print its path")
+    parser.add_argument("--seed", type=int, help="of data and schedules (default: a new one)")
+    arguments = parser.parse_args()
+    if arguments.module:
+        print(build_module())
+        return
+    seed = arguments.seed if arguments.seed is not None else random.randrange(1, 10**6)
+    if arguments.mutations:
+        find_mutations(seed)
+        return
+    test("plain", [seed, seed + 1, seed + 2], DEVICES)
+    test("address", [seed], DEVICES)
+    test("thread", [seed], ("tiny", "tiny_80"))
+
+
+if __name__ == "__main__":
+    main()
