@@ -27,8 +27,8 @@ test-native: $(READY)  ## the CPU kernels alone: under sanitizers, and cross-com
 	$(BIN)/python tests/native/run.py --aarch64
 
 test-emulator: $(READY)  ## the CUDA kernels on the CPU: random schedules, sanitizers, known bugs that must be found; needs CUDA's headers
-	$(BIN)/python tests/emulator/run.py
-	$(BIN)/python tests/emulator/run.py --mutations
+	$(BIN)/python tests/emulator/emulate.py
+	$(BIN)/python tests/emulator/emulate.py --mutations
 
 bench: $(READY)  ## ours against its peers, about 20 minutes on an idle machine: docs/benchmarks.md (BENCH_FLAGS="--only cost --smoke")
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,bench]"

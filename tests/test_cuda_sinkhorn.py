@@ -24,7 +24,7 @@ def emulated() -> ModuleType:
     """The bindings of the extension with the CUDA kernels compiled for the CPU."""
     if shutil.which("nvcc") is None and not Path("/usr/local/cuda/include").exists():
         pytest.skip("nvcc not found: the emulator needs CUDA's headers")
-    script = Path(__file__).parent / "emulator" / "run.py"
+    script = Path(__file__).parent / "emulator" / "emulate.py"
     done = subprocess.run([sys.executable, str(script), "--module"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path = done.stdout.splitlines()[-1]

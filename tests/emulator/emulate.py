@@ -1,8 +1,8 @@
 """Builds the CUDA kernels for the CPU emulator and runs their tests, without a GPU.
 
-    python tests/emulator/run.py               # plain in random schedules, then AddressSanitizer, then ThreadSanitizer
-    python tests/emulator/run.py --mutations   # known bugs, put in one at a time: each has to be found
-    python tests/emulator/run.py --module      # the Python bindings of the emulated kernels: prints the module's path
+    python tests/emulator/emulate.py              # random schedules, AddressSanitizer, ThreadSanitizer
+    python tests/emulator/emulate.py --mutations  # known bugs, put in one at a time: each has to be found
+    python tests/emulator/emulate.py --module     # the Python bindings over the emulated kernels: prints the path
 
 ThreadSanitizer is the race detector: in shared, cluster and global memory, a missing barrier is reported with its line.
 """
