@@ -12,15 +12,22 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 BUDGET = Path(__file__).parent / "gpu_budget.json"
 SPILLS = ("STL", "LDL")  # stores to and loads from local memory
+SOLVERS = ("sinkhorn_kernel", "attention_kernel")
+PAIRS, FEATURES = 64, 64  # of a thread and tile of two point clouds; features that are counted for
+# By pk::Precision: features of a chunk, steps of the innermost loop a chunk, loops inside of each other.
+CHUNKS = {"0": (16, 2, 3), "1": (32, 1, 2), "2": (64, 1, 2)}
 LOOP_FMAS = 16  # loops with fewer multiply-adds are not where the time goes
 
 
@@ -33,7 +40,11 @@ class Usage:
         stack: bytes of local memory a thread, spills included.
         spills: instructions that move registers to or from local memory.
         instructions: of the loops over K, an element and iteration; what comes before and after them is not in it.
+            0 for kernels that have no such loop.
         special: of these, on the unit for exponentials and logarithms.
+        shared: bytes of static shared memory.
+        blocks: blocks a multiprocessor, as registers and threads permit; at least so many. sm_90 only.
+        conflicts: accesses to shared memory with bank conflicts, of those whose addresses can be followed. sm_90 only.
     """
 
     registers: int
@@ -41,6 +52,9 @@ class Usage:
     spills: int
     instructions: float
     special: float
+    shared: int
+    blocks: int | None = None
+    conflicts: int | None = None
 
 
 def tool(name: str) -> str:
@@ -67,63 +81,138 @@ def dump(*options: str, file: Path) -> str:
 
 def short(name: str) -> str:
     """sinkhorn_kernel<40> of a full signature."""
-    found = re.search(r"(\w+(?:<[^>]*>)?)\(", name.replace("(anonymous namespace)::", ""))
+    found = re.search(r"(\w+(?:<[^>]*>)?)\(", re.sub(r"\w+::|\(anonymous namespace\)::", "", name))
     return found[1].replace("(int)", "") if found else name
 
 
-def loops(code: list[tuple[int, str, str]]) -> list[Counter[str]]:
-    """Innermost loops, each as a count of its instructions by name."""
-    spans = []
+def spans(code: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
+    """Loops: from the target of a branch backwards to the branch."""
+    found = []
     for address, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands)
         if name.startswith("BRA") and target and int(target[1], 16) <= address:
-            spans.append((int(target[1], 16), address))
-    inner = [
-        span
-        for span in spans
-        if not any(other != span and span[0] <= other[0] and other[1] <= span[1] for other in spans)
-    ]
+            found.append((int(target[1], 16), address))
+    return found
+
+
+def innermost(found: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The loops that have no other one inside."""
     return [
-        Counter(name.split(".")[0] for address, name, _ in code if first <= address <= last) for first, last in inner
+        span
+        for span in found
+        if not any(other != span and span[0] <= other[0] and other[1] <= span[1] for other in found)
     ]
 
 
-def per_element(kernel: str, found: list[Counter[str]]) -> tuple[float, float]:
-    """Instructions and special ones an element of K and iteration.
+def counted(code: list[tuple[int, str, str]]) -> Callable[[tuple[int, int]], Counter[str]]:
+    """A function that counts the instructions of a span of addresses by name."""
+    return lambda span: Counter(name.split(".")[0] for address, name, _ in code if span[0] <= address <= span[1])
 
-    A kernel for up to R rows has one loop over columns, whose R elements take two multiply-adds each. The others go
-    over K twice, in two loops with one multiply-add an element.
+
+def per_element(kernel: str, code: list[tuple[int, str, str]]) -> tuple[float, float]:
+    """Instructions and special ones an element of K and iteration; of the matrix product, a multiply-add.
+
+    A solver for up to R rows has one loop over columns, whose R elements take two multiply-adds each. The others go
+    over K twice, in the two loops that consist most of multiply-adds: one an element. Other kernels are not counted.
     """
-    hot = [loop for loop in found if loop["FFMA"] >= LOOP_FMAS]
-    rows = int(kernel.partition("<")[2].rstrip(">"))
-    if rows > 0:
+    name, _, rows = kernel.rstrip(">").partition("<")
+    if name == "points_kernel":
+        return per_pair(kernel, code)
+    hot = [loop for loop in map(counted(code), innermost(spans(code))) if loop["FFMA"] >= LOOP_FMAS]
+    if name in SOLVERS and int(rows) <= 0:
+        hot = sorted(hot, key=lambda loop: loop.total() / loop["FFMA"])[:2]
+    elif name in (*SOLVERS, "similarity_kernel"):
         hot = [max(hot, key=lambda loop: loop["FFMA"])]
-        return hot[0].total() / rows, hot[0]["MUFU"] / rows
+    else:
+        return 0.0, 0.0
+    if name in SOLVERS and int(rows) > 0:
+        return hot[0].total() / int(rows), hot[0]["MUFU"] / int(rows)
     return sum(loop.total() / loop["FFMA"] for loop in hot), sum(loop["MUFU"] / loop["FFMA"] for loop in hot)
+
+
+def per_pair(kernel: str, code: list[tuple[int, str, str]], dim: int = FEATURES) -> tuple[float, float]:
+    """Instructions and special ones a pair of points of `dim` features, of the loop over tiles of columns.
+
+    A thread has 64 pairs of a tile. Inside of the loop over tiles is one over chunks of the features, and with float32
+    one more over the halves of a chunk; the kernel for one chunk has neither. The block that looks for maxima is jumped
+    over in all but the first iterations: what lies in it is not counted.
+    """
+    precision, one = re.findall(r"\)(\d), (\w+)", kernel)[0]
+    size, halves, depth = CHUNKS[precision]
+    count = counted(code)
+    nest = sorted((span for span in spans(code) if count(span)["HMMA"]), key=lambda span: span[1] - span[0])
+    levels = [count(span) for span in nest[: 1 if one == "true" else depth]]
+    tiles = nest[len(levels) - 1]
+    total, special = levels[0].total(), levels[-1]["MUFU"]
+    times = [halves, -(-dim // size)][-len(levels) + 1 :] if len(levels) > 1 else []
+    for inner, outer, repeated in zip(levels, levels[1:], times, strict=False):
+        total = outer.total() - inner.total() + repeated * total
+    for address, name, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if name.startswith("BRA") and target and tiles[0] <= address < int(target[1], 16) <= tiles[1]:
+            skipped = count((address + 1, int(target[1], 16) - 1))
+            if skipped["FMNMX"] >= PAIRS:
+                total, special = total - skipped.total(), special - skipped["MUFU"]
+                break
+    return total / PAIRS, special / PAIRS
+
+
+def machine_code(file: Path) -> dict[str, dict[str, list[tuple[int, str, str]]]]:
+    """Address, name and operands of the instructions by kernel and architecture."""
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);"
+    result: dict[str, dict[str, list[tuple[int, str, str]]]] = {}
+    for section in re.split(r"\n[ \t]*code for sm_", dump("-sass", file=file))[1:]:
+        arch = section.split()[0]
+        for text in re.split(r"\n\s*Function : ", section)[1:]:
+            code = [(int(address, 16), name, rest) for address, name, rest in re.findall(pattern, text)]
+            result.setdefault(short(text.partition("\n")[0]), {})[arch] = code
+    return result
+
+
+def occupancy_and_conflicts(file: Path) -> dict[str, dict[str, int]]:
+    """Blocks a multiprocessor and bank conflicts of the sm_90 kernels, by cuxray."""
+    tools = Path(tool("cuobjdump")).parent
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}  # else it would download its own
+    with tempfile.TemporaryDirectory() as folder:
+        extract = [tool("cuobjdump"), "-xelf", "sm_90", str(file.resolve())]
+        subprocess.run(extract, cwd=folder, capture_output=True, check=True)
+        report = [sys.executable, "-m", "cuxray", "report", folder, "--fast", "--no-cache", "--json"]
+        done = subprocess.run(report, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(
+            f"cuxray failed. Install the project's dev extra: pip install -e '.[dev]'\n{done.stderr[-2000:]}"
+        )
+    return {
+        short(kernel["demangled"]): {
+            "blocks": kernel["occupancy"]["blocks_per_sm"],
+            "conflicts": kernel["access"]["conflicted_shared_accesses"],
+        }
+        for unit in json.loads(done.stdout)["units"]
+        for kernel in unit["kernels"]
+    }
 
 
 def measure(file: Path) -> dict[str, dict[str, Usage]]:
     """Usage by kernel and architecture ("90") of all kernels in an object file or extension."""
-    resources: dict[tuple[str, str], tuple[int, int]] = {}
+    resources: dict[tuple[str, str], tuple[int, int, int]] = {}
     arch = ""
     lines = dump("-res-usage", file=file).splitlines()
     for index, line in enumerate(lines):
         arch = (re.search(r"arch = sm_(\d+)", line) or [None, arch])[1]
         name = re.match(r"\s*Function (.*):$", line)
         if name:
-            numbers = dict(re.findall(r"(REG|STACK):(\d+)", lines[index + 1]))
-            resources[arch, short(name[1])] = int(numbers["REG"]), int(numbers["STACK"])
+            numbers = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", lines[index + 1]))
+            resources[arch, short(name[1])] = tuple(int(numbers[key]) for key in ("REG", "STACK", "SHARED"))
+    accesses = occupancy_and_conflicts(file)
     result: dict[str, dict[str, Usage]] = {}
-    for section in re.split(r"\n[ \t]*code for sm_", dump("-sass", file=file))[1:]:
-        arch = section.split()[0]
-        for text in re.split(r"\n\s*Function : ", section)[1:]:
-            kernel = short(text.partition("\n")[0])
-            pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);"
-            code = [(int(a, 16), name, rest) for a, name, rest in re.findall(pattern, text)]
-            registers, stack = resources[arch, kernel]
-            instructions, special = per_element(kernel, loops(code))
+    for kernel, by_arch in machine_code(file).items():
+        for arch, code in by_arch.items():
+            registers, stack, shared = resources[arch, kernel]
+            instructions, special = per_element(kernel, code)
             spills = sum(name.startswith(SPILLS) for _, name, _ in code)
-            usage = Usage(registers, stack, spills, round(instructions, 2), round(special, 3))
+            usage = Usage(registers, stack, spills, round(instructions, 2), round(special, 3), shared)
+            if arch == "90":
+                usage = replace(usage, **accesses[kernel])
             result.setdefault(kernel, {})[arch] = usage
     return result
 
@@ -141,20 +230,27 @@ def violations(measured: dict[str, dict[str, Usage]], budget: dict[str, dict[str
             else:
                 for name, limit in budget[kernel][arch].items():
                     value = getattr(measured[kernel][arch], name)
-                    if value > limit:
-                        found.append(f"{where}: {name} {value} > {limit}")
+                    if limit is not None and (value < limit if name == "blocks" else value > limit):
+                        found.append(f"{where}: {name} {value}, the budget is {limit}")
     return found
 
 
 def table(measured: dict[str, dict[str, Usage]]) -> str:
     """Markdown."""
     lines = [
-        "| kernel | sm | registers | stack | spills | instructions an element | of these exp, log |",
-        "|---|---|---|---|---|---|---|",
+        "| kernel | sm | registers | stack, spills | shared | instructions | exp, log | blocks | bank conflicts |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for kernel, archs in sorted(measured.items()):
         for arch, use in archs.items():
-            row = (kernel, arch, use.registers, use.stack, use.spills, use.instructions, use.special)
+            spills = f"{use.stack}, {use.spills}"
+            counts = (
+                use.instructions or "",
+                use.special or "",
+                use.blocks or "",
+                "" if use.conflicts is None else use.conflicts,
+            )
+            row = (f"`{kernel}`", arch, use.registers, spills, use.shared, *counts)
             lines.append("| " + " | ".join(str(cell) for cell in row) + " |")
     return "\n".join(lines)
 

@@ -65,6 +65,9 @@ template <class T> struct FusionGradientTask {
   T* result;                            // [B, H, N, M]
 };
 
+// How the CUDA kernels multiply points: with the rounding of float32, or on tensor cores with that of TF32 or bfloat16.
+enum class Precision : int { float32, tf32, bf16 };
+
 // P problems between clouds of N and M points in D dimensions, whose cost is never stored. Null where optional.
 template <class T> struct PointsTask {
   const T* x;               // [P, N, D]: centred for the squared distance, of length 1 or 0 for the cosine
@@ -86,6 +89,7 @@ template <class T> struct PointsTask {
   int max_iters, threads;
   bool squared;             // the cost is the squared distance, else 1 - cos
   bool anderson;
+  Precision precision;      // CUDA only
 };
 
 // out = (K * left right_factor^T) right with K_ij = exp(row_i + col_j - cost_ij / epsilon), for clouds as above.
@@ -188,7 +192,9 @@ template <class T> void cpu_unrolled(const UnrolledTask<T>&, int threads);
 // nor synchronise.
 enum class Storage : int { float32, bfloat16, float16 };
 struct CudaCall {
-  Storage storage;  // of the cost in memory, whatever its pointer's type
+  // Of some arrays in memory, whatever their pointers' type: the cost of sinkhorn and of a plan; text, video and attention of the token cost;
+  // these and the refined attention of transport attention; all of the fusion's gradient.
+  Storage storage;
   int device;
   uintptr_t stream;
   void* workspace;  // as many bytes as the function's *_workspace asks for, aligned to 256; need not be cleared
@@ -200,5 +206,22 @@ struct CudaStatus {
 CudaStatus cuda_devices();
 size_t cuda_sinkhorn_workspace(const SinkhornTask<float>&, const CudaCall&);  // bytes
 const char* cuda_sinkhorn(const SinkhornTask<float>&, const CudaCall&);
+size_t cuda_token_cost_workspace(const CostTask<float>&, const CudaCall&);
+const char* cuda_token_cost(const CostTask<float>&, const CudaCall&);
+size_t cuda_transport_attention_workspace(const AttentionTask<float>&, const CudaCall&);
+const char* cuda_transport_attention(const AttentionTask<float>&, const CudaCall&);
+const char* cuda_fusion_gradient(const FusionGradientTask<float>&, const CudaCall&);
+const char* cuda_plan(const PlanTask<float>&, const CudaCall&);
+size_t cuda_plan_sums_workspace(const PlanSumsTask<float>&, const CudaCall&);
+const char* cuda_plan_sums(const PlanSumsTask<float>&, const CudaCall&);
+size_t cuda_plan_backward_workspace(const PlanBackwardTask<float>&, const CudaCall&);
+const char* cuda_plan_backward(const PlanBackwardTask<float>&, const CudaCall&);
+size_t cuda_implicit_workspace(const ImplicitTask<float>&, const CudaCall&);
+const char* cuda_implicit(const ImplicitTask<float>&, const CudaCall&);
+size_t cuda_points_workspace(const PointsTask<float>&, const CudaCall&);  // of the three that follow
+const char* cuda_points_solve(const PointsTask<float>&, const CudaCall&);
+const char* cuda_points_self(const PointsTask<float>&, const CudaCall&);
+const char* cuda_points_transform(const PointsTask<float>&, const CudaCall&);
+const char* cuda_points_product(const PointsProductTask<float>&, const CudaCall&);
 
 }  // namespace pk

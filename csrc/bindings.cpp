@@ -17,7 +17,7 @@ template <class Task> void bind_task(py::module_& m, const std::string& name, vo
   });
 }
 template <class Task> void bind_task(py::module_& m, const std::string& name, void (*run)(const Task&)) {
-  m.def(name.c_str(), [run](const py::dict& values) {
+  m.def(name.c_str(), [run](const py::dict& values, int) {  // their threads are in the task
     Task task{};
     read(Named(values), task);
     py::gil_scoped_release release;
@@ -50,19 +50,43 @@ template <class T> void bind_cpu(py::module_& m, const std::string& suffix) {
 // Where a CUDA launcher runs: (storage of the tensors that may be 16 bits wide, device, stream), and a function that
 // allocates its workspace: bytes -> address. It is called before the launch, if there is something to allocate.
 using Place = std::tuple<int, int, uintptr_t>;
-void bind_cuda(py::module_& m) {
-  m.def("cuda_sinkhorn", [](const py::tuple& values, const Place& place, const py::function& allocate) {
-    const auto task = sinkhorn_task<float>(values);
+
+template <class Task> void read_any(const py::dict& values, Task& task) { read(Named(values), task); }
+void read_any(const py::tuple& values, pk::SinkhornTask<float>& task) { task = sinkhorn_task<float>(values); }
+
+template <class Values, class Task>
+void bind_launcher(py::module_& m, const char* name, const char* who, const char* (*launch)(const Task&, const pk::CudaCall&),
+                   size_t (*workspace)(const Task&, const pk::CudaCall&) = nullptr) {
+  const auto run = [=](const Values& values, const Place& place, const py::function& allocate) {
+    Task task{};
+    read_any(values, task);
     pk::CudaCall call{pk::Storage(std::get<0>(place)), std::get<1>(place), std::get<2>(place), nullptr};
-    const size_t bytes = pk::cuda_sinkhorn_workspace(task, call);
-    if (bytes > 0) call.workspace = at<void>(allocate(bytes).cast<uintptr_t>());
+    const size_t bytes = workspace ? workspace(task, call) : 0;
+    if (bytes > 0) call.workspace = at<void>(allocate(bytes).template cast<uintptr_t>());
     const char* problem;
     {
       py::gil_scoped_release release;
-      problem = pk::cuda_sinkhorn(task, call);
+      problem = launch(task, call);
     }
-    if (problem != nullptr) throw std::runtime_error(std::string("sinkhorn: backend 'cuda': ") + problem);
-  });
+    if (problem != nullptr) throw std::runtime_error(std::string(who) + ": backend 'cuda': " + problem);
+  };
+  m.def(name, run);
+}
+
+void bind_cuda(py::module_& m) {
+  bind_launcher<py::tuple>(m, "cuda_sinkhorn", "sinkhorn", pk::cuda_sinkhorn, pk::cuda_sinkhorn_workspace);
+  bind_launcher<py::dict>(m, "cuda_token_cost", "token_cost", pk::cuda_token_cost, pk::cuda_token_cost_workspace);
+  bind_launcher<py::dict>(m, "cuda_transport_attention", "transport_attention", pk::cuda_transport_attention,
+                          pk::cuda_transport_attention_workspace);
+  bind_launcher<py::dict>(m, "cuda_fusion_gradient", "transport_attention", pk::cuda_fusion_gradient);
+  bind_launcher<py::dict>(m, "cuda_plan", "sinkhorn", pk::cuda_plan);
+  bind_launcher<py::dict>(m, "cuda_plan_sums", "sinkhorn", pk::cuda_plan_sums, pk::cuda_plan_sums_workspace);
+  bind_launcher<py::dict>(m, "cuda_plan_backward", "sinkhorn", pk::cuda_plan_backward, pk::cuda_plan_backward_workspace);
+  bind_launcher<py::dict>(m, "cuda_implicit", "sinkhorn", pk::cuda_implicit, pk::cuda_implicit_workspace);
+  bind_launcher<py::dict>(m, "cuda_points_solve", "sinkhorn_points", pk::cuda_points_solve, pk::cuda_points_workspace);
+  bind_launcher<py::dict>(m, "cuda_points_self", "sinkhorn_divergence", pk::cuda_points_self, pk::cuda_points_workspace);
+  bind_launcher<py::dict>(m, "cuda_points_transform", "sinkhorn_points", pk::cuda_points_transform, pk::cuda_points_workspace);
+  bind_launcher<py::dict>(m, "cuda_points_product", "sinkhorn_points", pk::cuda_points_product);
 }
 #endif
 

@@ -106,7 +106,9 @@ template <class T> void read(const Named& from, pk::PointsTask<T>& task) {
   from.read("f", task.f, "g", task.g, "n_iters", task.n_iters, "residual", task.residual);
   from.read("problems", task.problems, "rows", task.rows, "cols", task.cols, "dim", task.dim, "threads", task.threads);
   from.read("tau_a", task.tau_a, "tau_b", task.tau_b, "tol", task.tol, "max_iters", task.max_iters);
-  from.read("squared", task.squared, "anderson", task.anderson);
+  int precision = 0;
+  from.read("squared", task.squared, "anderson", task.anderson, "precision", precision);
+  task.precision = pk::Precision(precision);
 }
 template <class T> void read(const Named& from, pk::PointsProductTask<T>& task) {
   from.read("x", task.x, "y", task.y, "row", task.row, "col", task.col, "epsilon", task.epsilon);

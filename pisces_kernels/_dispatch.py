@@ -10,6 +10,23 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("reference", "cpu", "cuda")
+# What the CUDA kernels do; the rest is PyTorch's work on the same device. The CPU kernels do everything.
+ON_CUDA = frozenset(
+    (
+        "sinkhorn",
+        "implicit",
+        "plan",
+        "plan_sums",
+        "plan_backward",
+        "token_cost",
+        "transport_attention",
+        "fusion_gradient",
+        "points_solve",
+        "points_self",
+        "points_transform",
+        "points_product",
+    )
+)
 
 
 @lru_cache(maxsize=1)
@@ -78,14 +95,36 @@ def _warn_slow() -> None:
     )
 
 
+def compiled(operation: str, backend: str) -> bool:
+    """Whether a back end has a kernel for an operation: a name of csrc/api.h without cpu_ or cuda_."""
+    return backend == "cpu" or (backend == "cuda" and operation in ON_CUDA)
+
+
+def refuse_on_cuda(who: str, dtype: torch.dtype, mass: object, acceleration: str | None = None) -> None:
+    """Raise ValueError for what the CUDA kernels do not do; dtype: in which the operation computes."""
+    lacks = None
+    if dtype != torch.float32:
+        lacks = f"computes in float32, and an input is {dtype}"
+    elif mass is not None:
+        lacks = "does not solve for an exact mass"
+    elif acceleration is not None:
+        lacks = f"has no acceleration, got {acceleration!r}"
+    if lacks is not None:
+        raise ValueError(f"{who}: backend 'cuda' {lacks}. Use backend='reference'.")
+
+
+def cuda_place(device: torch.device) -> tuple[int, int]:
+    """Index of a CUDA device and the address of its current stream."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
 def kind(device: torch.device) -> str:
     """Type of a device; the tests of the emulated CUDA kernels give another answer."""
     return device.type
 
 
-def resolve(
-    who: str, backend: str | None, device: torch.device, offered: tuple[str, ...] = ("reference", "cpu")
-) -> str:
+def resolve(who: str, backend: str | None, device: torch.device, offered: tuple[str, ...] = BACKENDS) -> str:
     """Choose the back end for tensors on a device.
 
     Without a wish it is "cpu" on CPU tensors if the function has it, and "reference" elsewhere: the CUDA kernels are

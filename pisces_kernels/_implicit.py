@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._cpu import gradients as _cpu_gradients
+from . import _dispatch
+from ._compiled import gradients as compiled_gradients
 from ._formulas import differentiable_by
 from ._vmap import fold_into_problems
 from .reference import bounded, log_weights
@@ -213,8 +214,8 @@ def _implicit_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`formulas`, compiled; what it cannot hold (sums of the plan beyond float64, NaN) is left to the formulas."""
     tensors, options = (grad_f, grad_g, cost, a, b, epsilon, f, g), (tau_a, tau_b, exact_mass)
-    *results, sound = _cpu_gradients.implicit(*tensors, *options, row_mask, col_mask)
-    if not bool(sound.all()):
+    *results, sound = compiled_gradients.implicit(*tensors, *options, row_mask, col_mask)
+    if cost.device.type == "cpu" and not bool(sound.all()):  # on CUDA all are, and nothing waits for the device
         inputs: list[Any] = [*tensors, *options, row_mask, col_mask]
         some = [value[~sound] if isinstance(value, Tensor) else value for value in inputs]
         for result, value in zip(results, formulas(*some), strict=True):
@@ -236,4 +237,4 @@ _compiled = differentiable_by(_implicit_backward_op, formulas)
 
 def potentials_gradient(*inputs: Any, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`formulas` on the back end of the forward solve; same arguments and results."""
-    return _compiled(*inputs) if backend == "cpu" else formulas(*inputs)
+    return _compiled(*inputs) if _dispatch.compiled("implicit", backend) else formulas(*inputs)

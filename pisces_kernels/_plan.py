@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import reference
 from ._autograd import differentiable
-from ._cpu import plan as _cpu_plan
+from ._compiled import plan as compiled
 from ._formulas import differentiable_by
 from ._precision import without_autocast
 from ._vmap import fold_into_problems
@@ -107,7 +107,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_gradients`, compiled."""
     grads = (grad_plan, grad_rows, grad_cols, grad_energy)
-    return _cpu_plan.plan_backward(*grads, cost, f, g, a, b, epsilon, row_mask, col_mask)
+    return compiled.plan_backward(*grads, cost, f, g, a, b, epsilon, row_mask, col_mask)
 
 
 @_backward_op.register_fake
@@ -131,7 +131,7 @@ def _plan_op(
     col_mask: Tensor | None,
 ) -> Tensor:
     """The plan exp((f + g - cost) / epsilon) a b, 0 where masked. [P, N, M]"""
-    return _cpu_plan.plan(cost, f, g, a, b, epsilon, row_mask, col_mask)
+    return compiled.plan(cost, f, g, a, b, epsilon, row_mask, col_mask)
 
 
 @_plan_op.register_fake
@@ -151,7 +151,7 @@ def _sums_op(
     col_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The plan's sums over columns [P, N] and over rows [P, M], and sum(plan * cost) [P]."""
-    return _cpu_plan.plan_sums(cost, f, g, a, b, epsilon, row_mask, col_mask)
+    return compiled.plan_sums(cost, f, g, a, b, epsilon, row_mask, col_mask)
 
 
 @_sums_op.register_fake

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import _checks, _dispatch, _problem, reference
 from ._autograd import differentiable
-from ._cpu import points as cpu
+from ._compiled import points as compiled
+from ._compiled._task import PRECISIONS
 from ._points_result import PointsResult, once_differentiable
 from ._precision import full_precision, without_autocast
 from ._streamed_gradient import streamed_gradient
@@ -18,7 +19,6 @@ from ._vmap import fold_into_problems
 
 WHO = "sinkhorn_points"
 GRADIENTS = ("implicit", "none")
-BACKENDS = ("reference", "cpu")
 
 
 def sinkhorn_points(
@@ -39,6 +39,7 @@ def sinkhorn_points(
     f_init: Tensor | None = None,
     g_init: Tensor | None = None,
     gradient: str = "implicit",
+    precision: str = "float32",
     backend: str | None = None,
 ) -> PointsResult:
     """Solve entropic optimal transport between point clouds without ever storing their N x M cost.
@@ -67,7 +68,11 @@ def sinkhorn_points(
         f_init: [..., N], potentials to start from (with `f_init` alone the iteration starts with g).
         g_init: [..., M].
         gradient: "implicit" (exact at the fixed point) or "none".
-        backend: None (the best that can run), "reference" or "cpu"; also for everything that follows from the result.
+        precision: of the products of points during the solve, with backend "cuda": "float32", or on tensor cores "tf32"
+            (10 bits of mantissa) or "bf16" (7 bits), with sums in float32. The potentials inherit the rounding of the
+            points: measure before you rely on them. Gradients and what follows from the result are in float32.
+        backend: None (the best that can run), "reference", "cpu" or "cuda" (never chosen unless it is named; float32,
+            without mass and acceleration); also for everything that follows from the result.
 
     Returns:
         `PointsResult`, with `value`, `transport_cost`, `marginals`, `apply` (plan times a matrix) and `barycentric`,
@@ -116,7 +121,13 @@ def sinkhorn_points(
         g_init=g_init,
         gradient=gradient,
     )
-    chosen = _dispatch.resolve(WHO, backend, x.device, BACKENDS)
+    chosen = _dispatch.resolve(WHO, backend, x.device)
+    if precision not in PRECISIONS:
+        raise ValueError(f"{WHO}: precision is {precision!r}, expected one of {tuple(PRECISIONS)}.")
+    if chosen == "cuda":
+        _dispatch.refuse_on_cuda(WHO, problem.dtype, problem.mass, acceleration)
+    elif precision != "float32":
+        raise ValueError(f"{WHO}: precision {precision!r} is there with backend='cuda' only, got backend {chosen!r}.")
     flat, held = problem.flat, problem.constant_unless_differentiated
     rows, cols = (points.to(problem.dtype).expand(*problem.batch, *points.shape[-2:]) for points in (x, y))
     f, g, n_iters, residual = _solve(
@@ -133,6 +144,7 @@ def sinkhorn_points(
         acceleration,
         *(None if start is None else flat(start.detach()) for start in (problem.f_init, problem.g_init)),
         cost,
+        precision,
         chosen,
     )
     return PointsResult(**problem.solution(f, g, n_iters, residual), x=x, y=y, cost=cost, backend=chosen)
@@ -186,11 +198,12 @@ def _sinkhorn_points_op(
     f_init: Tensor | None,
     g_init: Tensor | None,
     cost: str,
+    precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve P problems between prepared clouds [P, N, D], [P, M, D]: (f, g, n_iters int32, residual)."""
-    if backend == "cpu":
-        return cpu.sinkhorn_points(
+    if _dispatch.compiled("points_solve", backend):
+        return compiled.sinkhorn_points(
             x,
             y,
             a,
@@ -207,6 +220,7 @@ def _sinkhorn_points_op(
             f_init=f_init,
             g_init=g_init,
             cost=cost,
+            precision=precision,
         )
     broken = ~Points.of(x, y, cost).finite()
     x, y = (torch.where(broken[:, None, None], 0.0, points) for points in (x, y))
@@ -297,7 +311,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, a, b, epsilon, tau_a, tau_b, mass, row_mask, col_mask, *_, cost, backend = inputs
+    x, y, a, b, epsilon, tau_a, tau_b, mass, row_mask, col_mask, *_, cost, _precision, backend = inputs
     f, g, n_iters, residual = output
     ctx.mark_non_differentiable(n_iters, residual)
     ctx.save_for_backward(x, y, a, b, epsilon, f, g, mass, row_mask, col_mask)
@@ -308,7 +322,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_f: Tensor, grad_g: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     mass = ctx.saved_tensors[7]
     *grads, grad_mass = _gradients(grad_f, grad_g, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None if mass is None else grad_mass.to(mass.dtype), *([None] * 9))
+    return (*grads, None, None, None if mass is None else grad_mass.to(mass.dtype), *([None] * 10))
 
 
 fold_into_problems(_sinkhorn_points_op)

@@ -38,7 +38,7 @@ class PointsResult(Solution):
         tol: residual below which a problem has converged.
         x: [..., N, D], y: [..., M, D], cost: its name, a: [..., N], b: [..., M], epsilon: [...], tau: (tau_a, tau_b),
             mass: [...] or None, row_mask, col_mask, gradient: the problem that was solved.
-        backend: what solved it, and computes everything that follows: "reference" or "cpu".
+        backend: what solved it, and computes everything that follows: one of `BACKENDS`.
     """
 
     x: Tensor

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _plan, reference
+from . import _dispatch, _plan, reference
 from ._precision import without_autocast
 
 
@@ -85,7 +85,7 @@ class SinkhornResult(Solution):
 
     def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of the plan over columns and over rows, and sum(plan * cost)."""
-        if self._backend == "cpu":
+        if _dispatch.compiled("plan_sums", self._backend):
             rows, cols, energy = _plan.plan_sums(*self._flat())
             return rows.reshape(self.f.shape), cols.reshape(self.g.shape), energy.reshape(self.epsilon.shape)
         plan = self.plan()
@@ -108,7 +108,7 @@ class SinkhornResult(Solution):
         Returns:
             [..., N, M].
         """
-        if self._backend == "cpu":
+        if _dispatch.compiled("plan", self._backend):
             return _plan.plan(*self._flat()).reshape(self.cost.shape)
         cost, keep = self._clean_cost()
         density = _plan.exponent(cost, self.f, self.g, self.a, self.b, self.epsilon).exp()
@@ -277,7 +277,7 @@ def _dense_dual(
     col_mask: Tensor | None,
     backend: str,
 ) -> Tensor:
-    if backend == "cpu":
+    if _dispatch.compiled("plan_sums", backend):
         rows, _, _ = _plan.plan_sums(*_flat((cost, f, g, a, b, epsilon, row_mask, col_mask), epsilon.ndim))
         total = rows.sum(-1).reshape(epsilon.shape)
     else:
@@ -308,7 +308,7 @@ class _Value(torch.autograd.Function):
         cost, a, b, epsilon, mass, f, g, row_mask, col_mask = ctx.saved_tensors
         tau, backend = ctx.options
         rest = (a, b, epsilon, mass, f, g, tau, row_mask, col_mask)
-        if backend == "cpu":
+        if _dispatch.compiled("plan_backward", backend):
             # The value is -epsilon sum(plan) and what does not depend on the cost. One pass gives the first part's.
             by_rows = -(epsilon.to(f.dtype) * grad).unsqueeze(-1).expand(a.shape)
             batch = epsilon.shape

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _cuda, _dispatch, _problem, reference
+from . import _checks, _dispatch, _problem, reference
 from ._autograd import differentiable
-from ._cpu.sinkhorn import sinkhorn as cpu_sinkhorn
+from ._compiled.sinkhorn import sinkhorn as compiled
 from ._implicit import potentials_gradient
 from ._precision import without_autocast
 from ._result import SinkhornResult
@@ -124,9 +124,9 @@ def sinkhorn(
         g_init=g_init,
         gradient=gradient,
     )
-    chosen = _dispatch.resolve(WHO, backend, cost.device, _dispatch.BACKENDS)
+    chosen = _dispatch.resolve(WHO, backend, cost.device)
     if chosen == "cuda":
-        _cuda.refuse(cost, problem.dtype, problem.mass, acceleration)
+        _dispatch.refuse_on_cuda(WHO, problem.dtype, problem.mass, acceleration)
     as_stored = chosen == "cuda" or cost.dtype == problem.dtype  # the CUDA kernel reads 16-bit costs itself
     held = problem.constant_unless_differentiated
     with_start = gradient == "unrolled"  # the fixed point does not depend on where the iteration starts
@@ -164,9 +164,6 @@ def _reference(cost: Tensor, *others: Tensor, **options: Any) -> tuple[Tensor, .
     return tuple(result.reshape(batch + result.shape[1:]) for result in results)
 
 
-SOLVERS = {"reference": _reference, "cpu": cpu_sinkhorn, "cuda": _cuda.sinkhorn}
-
-
 @torch.library.custom_op("pisces_kernels::sinkhorn", mutates_args=())
 def _sinkhorn_op(
     cost: Tensor,
@@ -187,7 +184,8 @@ def _sinkhorn_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve [..., N, M] problems on one back end: (f, g, n_iters int32, residual)."""
-    f, g, n_iters, residual = SOLVERS[backend](
+    solve = compiled if _dispatch.compiled("sinkhorn", backend) else _reference
+    f, g, n_iters, residual = solve(
         cost,
         a,
         b,

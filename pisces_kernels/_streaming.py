@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._cpu import points as cpu
+from . import _dispatch
+from ._compiled import points as compiled
 
 COSTS = ("sqeuclidean", "cosine")
 
@@ -40,7 +41,7 @@ class Points:
         row: [P, N], h of the module's formula.
         col: [P, M], k.
         scale: s.
-        backend: what computes the sums: "reference" (this file) or "cpu".
+        backend: what computes the sums: "reference" (this file), "cpu" or "cuda".
     """
 
     x: Tensor
@@ -143,9 +144,9 @@ def soft_minimum(points: Points, potential: Tensor, log_weight: Tensor, epsilon:
     Returns:
         [P, N].
     """
-    if points.backend == "cpu":
+    if _dispatch.compiled("points_transform", points.backend):
         # The constants of "cosine" add up to 1, whichever side has them.
-        return cpu.soft_minimum(points.x, points.y, potential, log_weight, epsilon, points.squared)
+        return compiled.soft_minimum(points.x, points.y, potential, log_weight, epsilon, points.squared)
     lowest, _ = EXPONENTS[potential.dtype]
     result = torch.empty_like(points.row)
     col = potential / epsilon + log_weight  # [P, M]
@@ -192,12 +193,12 @@ def products(
     Returns:
         ([P, N, E] or None, [P, M, F] or None).
     """
-    if points.backend == "cpu":
+    if _dispatch.compiled("points_product", points.backend):
         turned = None if coupling is None else coupling[::-1]
         x, y, squared = points.x, points.y, points.squared
         return (
-            None if right is None else cpu.product(x, y, row, col, epsilon, right, coupling, squared),
-            None if left is None else cpu.product(y, x, col, row, epsilon, left, turned, squared),
+            None if right is None else compiled.product(x, y, row, col, epsilon, right, coupling, squared),
+            None if left is None else compiled.product(y, x, col, row, epsilon, left, turned, squared),
         )
     lowest, largest = EXPONENTS[row.dtype]
     from_right = None if right is None else right.new_zeros(*row.shape, right.shape[-1])

@@ -104,7 +104,7 @@ def token_cost(
         normalize: min-max scaling.
         row_mask: [B, N] bool, True where the token exists; a masked token is as if it were not there.
         col_mask: [B, M] bool.
-        backend: None (the best that can run), "reference" or "cpu".
+        backend: None (the best that can run), "reference", "cpu" or "cuda" (never chosen unless it is named).
 
     Returns:
         [B, H, N, M] float32 (float64 if text, video or attention is), computed in that dtype also under
@@ -143,6 +143,8 @@ def token_cost(
     frames, places = geometry(WHO, frame_index, positions, batch, n_cols, dtype, col_mask)
     gamma, eta = _checks.number(WHO, "gamma", gamma), _checks.number(WHO, "eta", eta)
     chosen = _dispatch.resolve(WHO, backend, text.device)
+    if chosen == "cuda":
+        _dispatch.refuse_on_cuda(WHO, dtype, None)
     return _token_cost(
         text.to(dtype), video.to(dtype), attention.to(dtype), frames, places, gamma, eta, normalize, row_mask,
         col_mask, chosen,
@@ -167,8 +169,8 @@ def _token_cost_op(
     inputs = (text, video, attention, frame_index, positions)
     options: dict[str, Any] = {"gamma": gamma, "eta": eta, "normalize": normalize}
     options.update(row_mask=row_mask, col_mask=col_mask)
-    if backend == "cpu":
-        from ._cpu.cost import token_cost as fused
+    if _dispatch.compiled("token_cost", backend):
+        from ._compiled.cost import token_cost as fused
 
         return fused(*inputs, **options)
     with full_precision(text.device):  # the cost is compared with epsilon: no half precision or TF32 inside
@@ -314,8 +316,8 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gradients` on one back end."""
     inputs = (grad, text, video, attention, frame_index, positions, row_mask, col_mask, cost, gamma, eta, normalize)
-    if backend == "cpu":
-        from ._cpu.cost import token_cost_gradient
+    if _dispatch.compiled("token_cost_gradient", backend):
+        from ._compiled.cost import token_cost_gradient
 
         return token_cost_gradient(*inputs)
     with full_precision(grad.device):

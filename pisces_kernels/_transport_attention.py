@@ -79,7 +79,8 @@ def transport_attention(
         eta: weight of place in the cost.
         return_plan: also return the plan.
         differentiable_plan: let gradients flow through the plan too (to query, key and attention).
-        backend: None (the best that can run), "reference" or "cpu".
+        backend: None (the best that can run), "reference", "cpu" or "cuda" (never chosen unless it is named; without
+            mass).
 
     Returns:
         [B, H, Q, M] in the dtype of attention, computed in float32 or float64 also under torch.autocast; with
@@ -87,7 +88,8 @@ def transport_attention(
         selected. A NaN or inf in what a head reads is not hidden: its selected rows are NaN then.
 
     Memory:
-        On the "cpu" back end one head's cost a thread; never [B, H, Q, M] beyond what is returned.
+        On the "cpu" back end one head's cost a thread; on "cuda" [B, Q, M] floats, and the kernel matrices of the heads
+        that run at the same time where they do not fit on chip; never [B, H, Q, M] beyond what is returned.
 
     Gradient:
         With the plan held constant:
@@ -126,7 +128,12 @@ def transport_attention(
         mass = _checks.unit_interval(WHO, "mass", mass)
     max_iters, tol = _checks.stopping(WHO, max_iters, tol)
     chosen = _dispatch.resolve(WHO, backend, query.device)
-    wide = attention.to(dtype)
+    stored = dtype  # of what the kernels read
+    if chosen == "cuda":
+        _dispatch.refuse_on_cuda(WHO, dtype, mass)
+        if query.dtype == key.dtype == attention.dtype and not differentiable_plan:
+            stored = attention.dtype
+    wide = attention.to(stored)
     if differentiable_plan:
         refined, plan = _composition(
             query.to(dtype), key.to(dtype), wide, frames, places, epsilon, tau, mass, row_mask, max_iters, tol, gamma,
@@ -134,7 +141,7 @@ def transport_attention(
         )  # fmt: skip
     else:
         refined, plan = _transport_attention(
-            wide, query.detach().to(dtype), key.detach().to(dtype), frames, places, epsilon, tau, mass, row_mask,
+            wide, query.detach().to(stored), key.detach().to(stored), frames, places, epsilon, tau, mass, row_mask,
             max_iters, tol, gamma, eta, return_plan, chosen,
         )  # fmt: skip
     refined = refined.to(attention.dtype)
@@ -196,8 +203,8 @@ def _transport_attention_op(
     """Refined attention and plan (empty unless asked for) on one back end."""
     options: dict[str, Any] = {"epsilon": epsilon, "tau": tau, "mass": mass, "row_mask": row_mask}
     options.update(max_iters=max_iters, tol=tol, gamma=gamma, eta=eta)
-    if backend == "cpu":
-        from ._cpu.cost import transport_attention as fused
+    if _dispatch.compiled("transport_attention", backend):
+        from ._compiled.cost import transport_attention as fused
 
         return fused(query, key, attention, frame_index, positions, return_plan=return_plan, **options)
     with full_precision(query.device):  # the cost is compared with epsilon: no half precision or TF32 inside
@@ -209,7 +216,8 @@ def _transport_attention_op(
 def _(attention: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     *_, return_plan, _backend = others
     refined = torch.empty_like(attention, memory_format=torch.contiguous_format)
-    return refined, torch.empty_like(refined) if return_plan else attention.new_empty(0)
+    plan = attention.new_empty(attention.shape if return_plan else 0, dtype=_checks.working_dtype(attention))
+    return refined, plan
 
 
 def _held_gradient(grad: Tensor, attention: Tensor, refined: Tensor, row_mask: Tensor | None) -> Tensor:
@@ -222,8 +230,8 @@ def _held_gradient(grad: Tensor, attention: Tensor, refined: Tensor, row_mask: T
 @torch.library.custom_op("pisces_kernels::transport_attention_backward", mutates_args=())
 def _backward_op(grad: Tensor, attention: Tensor, refined: Tensor, row_mask: Tensor | None, backend: str) -> Tensor:
     """`_held_gradient` on one back end."""
-    if backend == "cpu":
-        from ._cpu.cost import fusion_gradient
+    if _dispatch.compiled("fusion_gradient", backend):
+        from ._compiled.cost import fusion_gradient
 
         return fusion_gradient(grad, attention, refined, row_mask)
     return _held_gradient(grad, attention, refined, row_mask)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
+import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -68,3 +73,39 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def _unexpected_skips(reporter: pytest.TerminalReporter) -> list[pytest.TestReport]:
     skipped = reporter.stats.get("skipped", [])
     return [report for report in skipped if not any(reason in str(report.longrepr) for reason in EXPECTED_SKIPS)]
+
+
+@pytest.fixture(scope="session")
+def emulated() -> ModuleType:
+    """The bindings of the extension with the CUDA kernels compiled for the CPU."""
+    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/include").exists():
+        pytest.skip("nvcc not found: the emulator needs CUDA's headers")
+    script = Path(__file__).parent / "emulator" / "emulate.py"
+    done = subprocess.run([sys.executable, str(script), "--module"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path = done.stdout.splitlines()[-1]
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where tensors of the CUDA kernels' tests are: "cuda", or "cpu" with the emulator in the place of the driver."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        yield "cuda"
+        return
+    from pisces_kernels import _dispatch
+
+    module = request.getfixturevalue("emulated")
+    monkeypatch.setattr(_dispatch, "extension", lambda: module)
+    monkeypatch.setattr(_dispatch, "why_not", lambda backend: None)
+    monkeypatch.setattr(_dispatch, "kind", lambda device: "cuda")
+    monkeypatch.setattr(_dispatch, "cuda_place", lambda device: (0, 0))
+    monkeypatch.setenv("PK_SEED", str(torch.randint(10**6, ()).item()))
+    yield "cpu"

@@ -2,55 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 
-from pisces_kernels import _cuda, _dispatch, sinkhorn
+from pisces_kernels import sinkhorn
 
-DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 PLACES = ["sm_90", "sm_80", "tiny", "tiny_80"]  # of the emulator: one block, clusters, cooperative grids, global memory
-
-
-@pytest.fixture(scope="session")
-def emulated() -> ModuleType:
-    """The bindings of the extension with the CUDA kernels compiled for the CPU."""
-    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/include").exists():
-        pytest.skip("nvcc not found: the emulator needs CUDA's headers")
-    script = Path(__file__).parent / "emulator" / "emulate.py"
-    done = subprocess.run([sys.executable, str(script), "--module"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    path = done.stdout.splitlines()[-1]
-    spec = importlib.util.spec_from_file_location("_emulated", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where tensors are: "cuda", or "cpu" with the emulator in the place of the driver."""
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        yield "cuda"
-        return
-    module = request.getfixturevalue("emulated")
-    monkeypatch.setattr(_dispatch, "extension", lambda: module)
-    monkeypatch.setattr(_dispatch, "why_not", lambda backend: None)
-    monkeypatch.setattr(_dispatch, "kind", lambda device: "cuda")
-    monkeypatch.setattr(_cuda, "place", lambda device: (0, 0))
-    monkeypatch.setenv("PK_SEED", str(torch.randint(10**6, ()).item()))
-    yield "cpu"
 
 
 @pytest.mark.parametrize("place", PLACES)

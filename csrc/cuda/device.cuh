@@ -1,6 +1,6 @@
 // The only file that knows what executes the kernels: a GPU, or under PK_EMULATE the CPU (tests/emulator/emulator.h offers the
 // same names). Kernels use these names and the CUDA that both know: threadIdx, blockIdx, blockDim, gridDim, __syncthreads,
-// __syncwarp, __shfl_xor_sync, __ldg, float4, __half, __nv_bfloat16.
+// __syncwarp, __shfl_xor_sync, __ballot_sync, __popc, __ldg, atomicMax, atomicOr, float4, __half, __nv_bfloat16.
 #pragma once
 #ifdef PK_EMULATE
 #include "emulator.h"
@@ -13,7 +13,7 @@
 #include <cstdint>
 
 // Shared memory: `count` elements of a static array, or the dynamic shared memory of the launch, aligned to 128 bytes.
-#define PK_SHARED(type, name, count) __shared__ type name[count]
+#define PK_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define PK_DYNAMIC_SHARED(name)                                \
   extern __shared__ __align__(128) unsigned char pk_dynamic[]; \
   unsigned char* const name = pk_dynamic
@@ -56,8 +56,29 @@ __device__ inline unsigned load_acquire(const unsigned* counter) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
+// Orders what this thread, and those that it has met at a barrier, wrote before with what is read after. Returns the value before.
+__device__ inline unsigned arrive(unsigned* counter) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 // Inside a loop that waits for another block.
 __device__ inline void relax() { __nanosleep(20); }
+
+// ---- copies from global to shared memory that the threads do not wait for ----------------------------------------------------
+
+template <int BYTES> __device__ inline void copy_async(void* shared, const void* global) {
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES) : "memory");
+}
+__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Wait until at most PENDING of this thread's groups are under way. Other threads see the data after a barrier.
+template <int PENDING> __device__ inline void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 
 // ---- arithmetic -------------------------------------------------------------------------------------------------------------
 
@@ -71,6 +92,40 @@ __device__ inline float log2_approx(float x) {  // absolute error 2^-22 near 1, 
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ inline float sqrt_approx(float x) {  // 1 ulp
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ---- tensor cores: one warp, fragments as in the PTX manual ------------------------------------------------------------------
+
+__device__ inline uint32_t to_tf32(float x) {  // rounded to nearest, ties away from zero
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+// d += a b: a is 16 x 8, b is 8 x 8, d is 16 x 8. All 32 lanes must call.
+__device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// The same with a 16 x 16, b 16 x 8, two bf16 a register, the one of the lower index in the lower half.
+__device__ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. All 32 lanes must call.
+__device__ inline void load_matrices(uint32_t (&d)[4], const void* shared_row) {
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(from)
+               : "memory");
+}
+
 }  // namespace device
 
 // ---- the host's side ----------------------------------------------------------------------------------------------------------

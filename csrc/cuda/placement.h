@@ -11,17 +11,22 @@ namespace pk {
 // Kernels by their number of rows: up to 16, 32 or 40 in registers, any number (0), and any number with K in global memory.
 constexpr int GLOBAL_ROWS = -1;
 constexpr int ONE_PASS_THREADS = 256, TWO_PASS_THREADS = 512;
+struct Needs {  // of a kernel
+  int rows_template;
+  int two_pass_threads = TWO_PASS_THREADS;
+  size_t extra_shared = 0;  // bytes beside a problem
+};
 
 inline int rows_template(int64_t rows) { return rows <= 16 ? 16 : rows <= 32 ? 32 : rows <= 40 ? 40 : 0; }
 
 // Fill in the sizes that follow from the team and the template.
-inline void measure(Placement& place, int64_t rows, int64_t cols) {
+inline void measure(Placement& place, int64_t rows, int64_t cols, int two_pass_threads) {
   const bool one_pass = place.rows_template > 0;
   place.global_state = place.rows_template == GLOBAL_ROWS;
   place.row_stride = one_pass ? place.rows_template : int(round_to(rows, 2 * QUAD));
   place.cols_block = int((cols + place.team - 1) / place.team);
   place.col_stride = int(round_to(std::max(place.cols_block, 1), 32));
-  place.threads = one_pass ? ONE_PASS_THREADS : TWO_PASS_THREADS;
+  place.threads = one_pass ? ONE_PASS_THREADS : two_pass_threads;
   if (place.col_stride < place.threads) place.threads = std::max(64, place.col_stride);
   alignas(16) static unsigned char nowhere[16];  // only counted
   device::Carver fast{nowhere}, state{nowhere};
@@ -33,20 +38,18 @@ inline void measure(Placement& place, int64_t rows, int64_t cols) {
   place.shared_bytes = fast.used + (place.global_state ? 0 : state.used);
 }
 
-// extra_shared: what the kernel needs beside a problem, as a function of the placement.
-template <class Extra> Placement place(int64_t rows, int64_t cols, int64_t problems, const Limits& limits, Extra&& extra_shared) {
+inline Placement place(const Needs& needs, int64_t rows, int64_t cols, int64_t problems, const Limits& limits) {
   Placement best{};
   const auto attempt = [&](int rows_kernel, Meeting meeting, unsigned team) {
     Placement next{};
     next.rows_template = rows_kernel, next.meeting = meeting, next.team = team;
-    measure(next, rows, cols);
-    next.shared_bytes += extra_shared(next);
+    measure(next, rows, cols, needs.two_pass_threads);
+    next.shared_bytes += needs.extra_shared;
     next.teams = unsigned(std::min<int64_t>(problems, meeting == Meeting::grid ? limits.multiprocessors / team : 0x7fffffff / team));
     if (next.shared_bytes > size_t(limits.shared_block) || next.teams == 0) return false;
     best = next;
     return true;
   };
-  const int kernel = rows_template(rows);
   // A problem by itself leaves most of the device idle: divide it while a block keeps enough columns.
   constexpr int64_t ENOUGH = 512;
   unsigned wanted = 1;
@@ -54,12 +57,12 @@ template <class Extra> Placement place(int64_t rows, int64_t cols, int64_t probl
   if (limits.compute_major >= 9) {
     const unsigned largest = limits.compute_major < 12 ? 16 : 8;  // data center chips take clusters of 16 on request
     for (unsigned team = wanted; team <= largest; team *= 2)
-      if (attempt(kernel, team == 1 ? Meeting::block : Meeting::cluster, team)) return best;
+      if (attempt(needs.rows_template, team == 1 ? Meeting::block : Meeting::cluster, team)) return best;
   } else {
-    if (wanted == 1 && attempt(kernel, Meeting::block, 1)) return best;
+    if (wanted == 1 && attempt(needs.rows_template, Meeting::block, 1)) return best;
     // As many blocks as K needs; teams that run at the same time then share the device.
     for (unsigned team = std::max(wanted, 2u); team <= unsigned(limits.multiprocessors); ++team)
-      if (int64_t(team) <= cols && attempt(kernel, Meeting::grid, team)) return best;
+      if (int64_t(team) <= cols && attempt(needs.rows_template, Meeting::grid, team)) return best;
   }
   // K in global memory, which the L2 cache holds if it is small enough.
   const int64_t by_problems = std::max<int64_t>(1, limits.multiprocessors / std::max<int64_t>(problems, 1));
@@ -72,7 +75,7 @@ template <class Extra> Placement place(int64_t rows, int64_t cols, int64_t probl
 // Workspace: arrivals, exchange buffers of a grid, state.
 struct Workspace {
   size_t counters, slots, state;  // bytes of each, one after the other
-  explicit Workspace(const Placement& place) {
+  __host__ __device__ explicit Workspace(const Placement& place) {
     const bool grid = place.meeting == Meeting::grid;
     const size_t blocks = size_t(place.team) * place.teams;
     counters = grid ? size_t(round_to(int64_t(place.teams) * 4, 256)) : 0;
@@ -99,14 +102,13 @@ __device__ inline void settle(Problem& problem, Peers& peers, const Placement& p
   peers.meeting = place.meeting, peers.count = place.team, peers.rank = blockIdx.x % place.team;
   peers.slot_floats = slot_floats(place.row_stride);
   const bool grid = place.meeting == Meeting::grid;
-  const size_t counters = grid ? size_t(round_to(int64_t(place.teams) * 4, 256)) : 0;
+  const Workspace parts(place);
   const size_t team_slots = size_t(place.team) * 2 * peers.slot_floats;
-  const size_t all_slots = grid ? size_t(round_to(int64_t(place.teams * team_slots * 4), 256)) : 0;
   peers.counter = reinterpret_cast<unsigned*>(workspace) + team;
-  Carver state{workspace + counters + all_slots + size_t(blockIdx.x) * place.state_bytes};
+  Carver state{workspace + parts.counters + parts.slots + size_t(blockIdx.x) * place.state_bytes};
   Carver& rest = GLOBAL ? state : fast;
   problem.carve(fast, rest, place.row_stride, place.col_stride, place.threads, place.rows_template > 0);
-  peers.slots = grid ? reinterpret_cast<float*>(workspace + counters) + team * team_slots : rest.floats(2 * peers.slot_floats);
+  peers.slots = grid ? reinterpret_cast<float*>(workspace + parts.counters) + team * team_slots : rest.floats(2 * peers.slot_floats);
   problem.n = int(rows), problem.first = int(peers.rank) * place.cols_block;
   const int left = int(cols) - problem.first;
   problem.m = left < 0 ? 0 : left < place.cols_block ? left : place.cols_block;

@@ -59,7 +59,8 @@ struct Carver {
   }
 };
 
-__host__ __device__ inline int slot_floats(int row_stride) { return 2 * row_stride + 2 * QUAD; }
+// Exchange buffer of a block: four floats a row, or two and the votes.
+__host__ __device__ inline int slot_floats(int row_stride) { return 4 * row_stride + 2 * QUAD; }
 
 struct Problem {
   Side rows, cols;

@@ -58,26 +58,6 @@ __device__ inline Votes count(const float2* box) {
   return votes;
 }
 
-// Sums over the lanes of 8 values each. Lane l returns the one of index l / 4.
-__device__ inline float transpose_sum(const float (&x)[8]) {
-  const int lane = threadIdx.x % WARP;
-  const bool upper = lane & 16, middle = lane & 8, lower = lane & 4;
-  float four[4], two[2];
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const float keep = upper ? x[4 + r] : x[r], give = upper ? x[r] : x[4 + r];
-    four[r] = keep + __shfl_xor_sync(ALL_LANES, give, 16);
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float keep = middle ? four[2 + r] : four[r], give = middle ? four[r] : four[2 + r];
-    two[r] = keep + __shfl_xor_sync(ALL_LANES, give, 8);
-  }
-  float one = (lower ? two[1] : two[0]) + __shfl_xor_sync(ALL_LANES, lower ? two[0] : two[1], 4);
-  one += __shfl_xor_sync(ALL_LANES, one, 2);
-  return one + __shfl_xor_sync(ALL_LANES, one, 1);
-}
-
 // Columns and row sums in one pass over K; the sums of each warp go to problem.partial. Unless it `moves` them the columns stay.
 template <int ROWS> __device__ inline void one_pass(const Problem& problem, bool moves, Seen& seen) {
   constexpr int QUADS = ROWS / QUAD;

@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(ROWS > 0 ? ONE_PASS_THREADS : TWO_PASS_THREADS
     in.g_init = task.g_init ? task.g_init + p * M : nullptr;
     in.epsilon = float(task.epsilon[p]), in.tau_a = float(task.tau_a), in.tau_b = float(task.tau_b);
     in.tol = float(task.tol), in.max_iters = task.max_iters;
-    const Outcome outcome = solver.solve(in);
+    solver.begin(in);
+    const Outcome outcome = solver.solve(in, solver.see_cost());
     const bool sound = outcome.residual == outcome.residual;
     const float instead = outcome.empty ? 0.0f : NAN;
     if (solver.peers.rank == 0) {
@@ -54,7 +55,7 @@ const char* refusal(const SinkhornTask<float>& task) {
 cudaError_t find_place(const SinkhornTask<float>& task, const CudaCall& call, Placement& found) {
   Limits limits;
   const cudaError_t error = limits_of(call.device, limits);
-  if (error == cudaSuccess) found = place(task.rows, task.cols, task.problems, limits, [](const Placement&) { return size_t(0); });
+  if (error == cudaSuccess) found = place({rows_template(task.rows)}, task.rows, task.cols, task.problems, limits);
   return error;
 }
 

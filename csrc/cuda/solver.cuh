@@ -13,6 +13,10 @@ struct Inputs {  // of one problem; null where optional
   float epsilon, tau_a, tau_b, tol;
   int max_iters;
 };
+struct Range {  // of a cost
+  float low, high;
+  bool finite;
+};
 struct Outcome {
   int iterations;
   float residual;  // NaN: the potentials are not finite
@@ -30,36 +34,39 @@ template <int ROWS, class Cost> struct Solver {
   int iterations, failures, log_left;  // failures in a row; log-domain iterations before K is tried again
   bool scaled;                         // K and the row sums fit the potentials
   bool renew;                          // K is to be built at the references
-  float residual;
+  float residual, total_a, total_b;
 
-  // All threads of all blocks of the team. Afterwards problem.row_potential and col_potential are the solution.
-  __device__ Outcome solve(const Inputs& in) {
+  // Load the weights and the start. All threads of all blocks of the team.
+  __device__ void begin(const Inputs& in) {
     problem.scale = 1.0f / (in.epsilon * LN2), problem.inverse_scale = in.epsilon * LN2;
     problem.rows.tau = in.tau_a, problem.cols.tau = in.tau_b;
     problem.rows.turned = problem.cols.turned = false;
     __syncthreads();  // the last problem's results have been read
-    const float total_a = block_reduce<float, false>(load_side(problem.rows, in.a, in.row_mask, in.f_init, 0, problem.n,
-                                                               problem.row_stride), problem.scratch);
-    float total_b = load_side(problem.cols, in.b, in.col_mask, in.g_init, problem.first, problem.m, problem.col_stride);
-    if (in.b == nullptr) {
-      total_b = peers.sum(total_b, problem.scratch);  // so far a number of columns
-      weigh_evenly(problem.cols, problem.col_stride, total_b);
-      total_b = total_b > 0 ? 1.0f : 0.0f;
-    } else {
-      total_b = peers.sum(total_b, problem.scratch);
-    }
-    if (in.a == nullptr) weigh_evenly(problem.rows, problem.row_stride, total_a);
+    total_a = block_reduce<float, false>(load_side(problem.rows, in.a, in.row_mask, in.f_init, 0, problem.n, problem.row_stride),
+                                         problem.scratch);
+    total_b = peers.sum(load_side(problem.cols, in.b, in.col_mask, in.g_init, problem.first, problem.m, problem.col_stride),
+                        problem.scratch);
+    if (in.a == nullptr) total_a = weigh_evenly(problem.rows, problem.row_stride, total_a);
+    if (in.b == nullptr) total_b = weigh_evenly(problem.cols, problem.col_stride, total_b);
     __syncthreads();
-    if (total_a <= 0 || total_b <= 0) return {0, 0.0f, true};
+  }
+  // Range of the cost, the same in all blocks.
+  __device__ Range see_cost() {
+    Range range{INFINITY, -INFINITY, true};
+    range.finite = see_own_cost(range.low, range.high);
+    range.finite = peers.all(range.finite, problem.scratch);
+    range.low = -peers.maximum(-range.low, problem.scratch), range.high = peers.maximum(range.high, problem.scratch);
+    return range;
+  }
 
-    float low = INFINITY, high = -INFINITY;
-    bool sound = isfinite(total_a) && isfinite(total_b) && see_cost(low, high) && finite_potentials();
-    sound = peers.all(sound, problem.scratch);
-    low = -peers.maximum(-low, problem.scratch), high = peers.maximum(high, problem.scratch);
-    if (!sound) return {0, NAN, false};
+  // After `begin`. All threads of all blocks of the team. Afterwards problem.row_potential and col_potential are the solution.
+  __device__ Outcome solve(const Inputs& in, Range range) {
+    if (total_a <= 0 || total_b <= 0) return {0, 0.0f, true};
+    const bool start = peers.all(finite_potentials(), problem.scratch);
+    if (!(isfinite(total_a) && isfinite(total_b) && range.finite && start)) return {0, NAN, false};
     iterations = failures = log_left = 0, residual = INFINITY, scaled = false;
-    renew = in.f_init == nullptr && in.g_init == nullptr && (high - low) * problem.scale <= SCALING_HIGH;
-    if (renew) start_close(low);
+    renew = in.f_init == nullptr && in.g_init == nullptr && (range.high - range.low) * problem.scale <= SCALING_HIGH;
+    if (renew) start_close(range.low);
     bool half = in.f_init != nullptr && in.g_init == nullptr;  // a start from f alone: half an iteration is not counted
     while (iterations < in.max_iters) {
       const bool counts = !renew && !half;
@@ -69,7 +76,7 @@ template <int ROWS, class Cost> struct Solver {
       if (counts && residual < in.tol) break;
     }
     if (!peers.all(finite_potentials(), problem.scratch)) return {iterations, NAN, false};
-    if (in.tau_a == 1.0f && in.tau_b == 1.0f) choose_constant(total_a, total_b, in.a == nullptr);
+    if (in.tau_a == 1.0f && in.tau_b == 1.0f) choose_constant();
     __syncthreads();
     return {iterations, residual, false};
   }
@@ -89,12 +96,14 @@ template <int ROWS, class Cost> struct Solver {
     }
     return total;
   }
-  __device__ void weigh_evenly(Side& side, int stride, float count) {
+  // Returns the total of the weights.
+  __device__ float weigh_evenly(Side& side, int stride, float count) {
     for (int i = threadIdx.x; i < stride; i += blockDim.x)
       if (exists(side.weight(i))) side.weight(i) = 1.0f / count;
+    return count > 0 ? 1.0f : 0.0f;
   }
   // Range of the entries that this thread reads. Returns whether they are finite.
-  __device__ bool see_cost(float& low, float& high) {
+  __device__ bool see_own_cost(float& low, float& high) {
     float zero = 0;
     for (int j = threadIdx.x; j < problem.m; j += blockDim.x) {
       if (!exists(problem.cols.weight(j))) continue;
@@ -114,14 +123,14 @@ template <int ROWS, class Cost> struct Solver {
     return finite;
   }
   // f + c and g - c are the same plan: choose sum a f = sum b g, which treats rows and columns alike.
-  __device__ void choose_constant(float total_a, float total_b, bool even_rows) {
+  __device__ void choose_constant() {
     float of_rows = 0, of_cols = 0;
     for (int i = threadIdx.x; i < problem.n; i += blockDim.x)
       if (problem.rows.weight(i) > 0) of_rows += problem.rows.weight(i) * problem.row_potential(i);
     for (int j = threadIdx.x; j < problem.m; j += blockDim.x)
       if (problem.cols.weight(j) > 0) of_cols += problem.cols.weight(j) * problem.col_potential(j);
     const float gap = block_reduce<float, false>(of_rows, problem.scratch) - peers.sum(of_cols, problem.scratch);
-    const float shift = gap / ((even_rows ? 1.0f : total_a) + total_b);
+    const float shift = gap / (total_a + total_b);
     for (int i = threadIdx.x; i < problem.n; i += blockDim.x)
       if (exists(problem.rows.weight(i))) problem.rows.reference(i) -= shift;
     for (int j = threadIdx.x; j < problem.m; j += blockDim.x)
@@ -197,10 +206,7 @@ struct DenseCost {
     const DenseCost& cost;
     int j;
     __device__ float at(int i) const {
-      const int64_t entry = int64_t(i) * cost.m + j;
-      if (cost.storage == Storage::float32) return __ldg(static_cast<const float*>(cost.entries) + entry);
-      if (cost.storage == Storage::bfloat16) return to_float(static_cast<const __nv_bfloat16*>(cost.entries)[entry]);
-      return to_float(static_cast<const __half*>(cost.entries)[entry]);
+      return load_stored(cost.entries, cost.storage, int64_t(i) * cost.m + j);
     }
   };
   __device__ Column column(int j) const { return {*this, j}; }

@@ -2,10 +2,14 @@
 //
 // Programs take a seed as their only argument; without one it is new every time. They exit with 1 if a check fails.
 #pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -49,6 +53,37 @@ inline uint64_t seed_of(int argc, char** argv) {
   const uint64_t seed = argc > 1 ? strtoull(argv[1], nullptr, 10) : std::random_device{}();
   std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
   return seed;
+}
+
+// Values as a storage holds them; in 16 bits; and back.
+inline float rounded(float x, Storage storage) {
+  if (storage == Storage::bfloat16) return __bfloat162float(__float2bfloat16_rn(x));
+  return storage == Storage::float16 ? __half2float(__float2half_rn(x)) : x;
+}
+inline std::vector<float> rounded(std::vector<float> values, Storage storage) {
+  for (float& x : values) x = rounded(x, storage);
+  return values;
+}
+inline std::vector<uint16_t> packed(const std::vector<float>& values, Storage storage) {
+  std::vector<uint16_t> out;
+  for (float x : values) {
+    const __nv_bfloat16 b = __float2bfloat16_rn(x);
+    const __half h = __float2half_rn(x);
+    uint16_t bits;
+    memcpy(&bits, storage == Storage::bfloat16 ? static_cast<const void*>(&b) : static_cast<const void*>(&h), 2);
+    out.push_back(bits);
+  }
+  return out;
+}
+inline std::vector<float> unpacked(const std::vector<uint16_t>& values, Storage storage) {
+  std::vector<float> out;
+  for (uint16_t bits : values) {
+    __nv_bfloat16 b;
+    __half h;
+    memcpy(static_cast<void*>(&b), &bits, 2), memcpy(static_cast<void*>(&h), &bits, 2);
+    out.push_back(storage == Storage::bfloat16 ? __bfloat162float(b) : __half2float(h));
+  }
+  return out;
 }
 
 // Memory of exactly so many bytes, aligned as the launchers want it, that starts as NaN.

@@ -104,15 +104,19 @@ def test(name: str, seeds: list[int], devices: tuple[str, ...]) -> None:
 
 
 def mutated(mutation: Mutation) -> Path:
-    """A copy of the sources with the bug in it."""
+    """A copy of the sources with the bug in it; only what differs is written, so that only that is compiled again."""
     copy = BUILD / "mutated" / "csrc"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(ROOT / "csrc", copy)
-    path = copy / "cuda" / mutation.file
-    text = path.read_text()
-    if text.count(mutation.old) != 1:
-        raise SystemExit(f"mutation '{mutation.name}': its text is {text.count(mutation.old)} times in {mutation.file}")
-    path.write_text(text.replace(mutation.old, mutation.new))
+    texts = {path: path.read_text() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    changed = ROOT / "csrc" / "cuda" / mutation.file
+    if texts[changed].count(mutation.old) != 1:
+        times = texts[changed].count(mutation.old)
+        raise SystemExit(f"mutation '{mutation.name}': its text is {times} times in {mutation.file}")
+    texts[changed] = texts[changed].replace(mutation.old, mutation.new)
+    for path, text in texts.items():
+        target = copy / path.relative_to(ROOT / "csrc")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.read_text() != text:
+            target.write_text(text)
     return copy / "cuda"
 
 

@@ -11,7 +11,7 @@ if(NOT CUDA_HEADERS)
 endif()
 
 # The emulator is never sanitized: it tells the sanitizers what its fibers do.
-add_library(emulator OBJECT tests/emulator/emulator.cpp)
+add_library(emulator OBJECT tests/emulator/emulator.cpp tests/emulator/tensor_cores.cpp)
 target_include_directories(emulator SYSTEM PRIVATE "${CUDA_HEADERS}")
 target_compile_options(emulator PRIVATE -O2 -Wall -Wextra -fno-sanitize=all)
 

@@ -28,6 +28,8 @@ extern "C" {
 PK_WEAK void* __tsan_create_fiber(unsigned);
 PK_WEAK void* __tsan_get_current_fiber();
 PK_WEAK void __tsan_switch_to_fiber(void*, unsigned);
+PK_WEAK void __tsan_read_range(void*, unsigned long);
+PK_WEAK void __tsan_write_range(void*, unsigned long);
 PK_WEAK void __tsan_acquire(void*);
 PK_WEAK void __tsan_release(void*);
 PK_WEAK void __sanitizer_start_switch_fiber(void**, const void*, size_t);
@@ -58,6 +60,13 @@ namespace {
 constexpr size_t STACK = 256 * 1024;
 constexpr int LANES = 32;
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  int group;
+};
+
 struct Block;
 struct Fiber {
   Thread thread;
@@ -66,6 +75,8 @@ struct Fiber {
   void *top = nullptr, *tsan = nullptr, *fake_stack = nullptr;
   bool done;
   Place waits;
+  std::vector<Copy> copies;
+  int groups;
 };
 struct WarpCall {  // lanes that have arrived at one call
   unsigned mask = 0, arrived = 0;
@@ -166,6 +177,7 @@ void fiber_main() {
   if (scheduler.with_asan) __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.stack_bytes);
   order_after(&scheduler.begin);
   (*scheduler.kernel)();
+  if (!fiber->copies.empty()) fail({"end of the kernel", 0}, "an asynchronous copy was never waited for");
   order_before(&scheduler.end);
   fiber->done = true, scheduler.idle = 0;
   --fiber->block->running, --fiber->block->cluster->running, --scheduler.live;
@@ -198,6 +210,7 @@ const Device& device() {
       {"sm_80", {8, 108, 163 * 1024}, 164 * 1024},
       {"tiny", {9, 4, 24 * 1024}, 25 * 1024},
       {"tiny_80", {8, 4, 24 * 1024}, 25 * 1024},
+      {"small", {9, 4, 64 * 1024}, 65 * 1024},
   };
   const char* name = getenv("PK_DEVICE");
   for (const Device& one : devices)
@@ -333,6 +346,26 @@ void* map_shared(void* pointer, unsigned rank) {
 }
 unsigned cluster_rank() { return scheduler.running->block->rank; }
 
+void copy_later(void* to, const void* from, size_t bytes) {
+  Fiber* fiber = scheduler.running;
+  fiber->copies.push_back({to, from, bytes, fiber->groups});
+}
+void commit_copies() { ++scheduler.running->groups; }
+void wait_for_copies(int pending) {
+  Fiber* fiber = scheduler.running;
+  size_t kept = 0;
+  for (const Copy& copy : fiber->copies) {
+    if (copy.group >= fiber->groups - pending) {
+      fiber->copies[kept++] = copy;
+      continue;
+    }
+    if (scheduler.with_tsan)
+      __tsan_read_range(const_cast<void*>(copy.from), copy.bytes), __tsan_write_range(copy.to, copy.bytes);
+    copy_bytes(copy.to, copy.from, copy.bytes);
+  }
+  fiber->copies.resize(kept);
+}
+
 // ---- launches -----------------------------------------------------------------------------------------------------------------
 
 namespace {
@@ -342,7 +375,7 @@ int resident_blocks(int threads, size_t shared_bytes) {
 void prepare(Fiber* fiber, Block& block, const Launch& where, unsigned block_index, int linear) {
   const dim3 &grid = where.grid, &size = where.block;
   const unsigned t = unsigned(linear);
-  fiber->block = &block, fiber->done = false, fiber->fake_stack = nullptr, fiber->waits = {"start", 0};
+  fiber->block = &block, fiber->done = false, fiber->fake_stack = nullptr, fiber->waits = {"start", 0}, fiber->groups = 0;
   fiber->thread = {make_uint3(t % size.x, t / size.x % size.y, t / size.x / size.y),
                    make_uint3(block_index % grid.x, block_index / grid.x % grid.y, block_index / grid.x / grid.y),
                    size, grid, linear, linear % LANES, linear / LANES};

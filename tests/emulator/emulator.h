@@ -3,7 +3,7 @@
 // Every CUDA thread is a fiber. They are switched at barriers and warp functions, in an order drawn from PK_SEED. Shared memory
 // has its exact size and starts as NaN.  What a GPU would leave undefined
 // ends the program with status 66: barriers that not all threads reach, lanes outside of a mask, blocks that wait for ever.
-// PK_DEVICE names the device: sm_90, sm_80, or tiny and tiny_80 with little shared memory, which small problems do not fit.
+// PK_DEVICE names the device: sm_90, sm_80, or with little shared memory, which small problems do not fit: small, tiny and tiny_80.
 #pragma once
 #include <driver_types.h>
 #include <vector_functions.h>
@@ -19,6 +19,8 @@
 #include <type_traits>
 
 #undef __launch_bounds__
+#undef __grid_constant__
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 namespace pk {
@@ -44,6 +46,9 @@ void* static_shared(const void* key, size_t bytes);
 unsigned char* dynamic_shared();
 void* map_shared(void* pointer, unsigned rank);
 unsigned cluster_rank();
+void copy_later(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_for_copies(int pending);
 void release(const void* counter);
 void acquire(const void* counter);
 void wait_a_little();
@@ -85,7 +90,28 @@ template <class T> inline T __shfl_xor_sync(unsigned mask, T value, int bits, in
   const int lane = pk::emulator::current->lane, from = lane ^ bits;
   return pk::emulator::shuffle(mask, value, from / width == lane / width ? from : lane, {file, line});
 }
+inline unsigned __ballot_sync(unsigned mask, bool mine, PK_HERE) {
+  bool all[32];
+  pk::emulator::warp_gather(mask, &mine, sizeof mine, all, false, {file, line});
+  unsigned result = 0;
+  for (int lane = 0; lane < 32; ++lane) result |= unsigned((mask >> lane & 1) && all[lane]) << lane;
+  return result;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T> inline T __ldg(const T* pointer) { return *pointer; }
+// Monotone: the result does not depend on the order.
+inline int atomicMax(int* pointer, int value) {
+  int before = __atomic_load_n(pointer, __ATOMIC_RELAXED);
+  while (before < value && !__atomic_compare_exchange_n(pointer, &before, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return before;
+}
+inline int atomicOr(int* pointer, int value) { return __atomic_fetch_or(pointer, value, __ATOMIC_RELAXED); }
+inline float __uint_as_float(unsigned x) {
+  float y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
 inline int __float_as_int(float x) {
   int y;
   memcpy(&y, &x, sizeof y);
@@ -110,6 +136,12 @@ inline void add_release(unsigned* counter, unsigned value) {
   emulator::release(counter);
   __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
 }
+inline unsigned arrive(unsigned* counter) {
+  emulator::release(counter);
+  const unsigned before = __atomic_fetch_add(counter, 1u, __ATOMIC_RELAXED);
+  emulator::acquire(counter);
+  return before;
+}
 inline unsigned load_acquire(const unsigned* counter) {
   const unsigned value = __atomic_load_n(counter, __ATOMIC_RELAXED);
   emulator::acquire(counter);
@@ -117,8 +149,26 @@ inline unsigned load_acquire(const unsigned* counter) {
 }
 inline void relax() { emulator::wait_a_little(); }
 
+template <int BYTES> inline void copy_async(void* shared, const void* global, PK_HERE) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % BYTES != 0)
+    emulator::fail({file, line}, "an asynchronous copy of %d bytes is not aligned", BYTES);
+  emulator::copy_later(shared, global, BYTES);
+}
+inline void copy_async_commit() { emulator::commit_copies(); }
+template <int PENDING> inline void copy_async_wait() { emulator::wait_for_copies(PENDING); }
+
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float log2_approx(float x) { return log2f(x); }
+inline float sqrt_approx(float x) { return sqrtf(x); }
+inline uint32_t to_tf32(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (bits + 0x1000u) & 0xffffe000u;
+}
+void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PK_HERE);
+void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PK_HERE);
+void load_matrices(uint32_t (&d)[4], const void* shared_row, PK_HERE);
 
 }  // namespace device
 

@@ -1,9 +1,6 @@
 // The dense CUDA solve, emulated, against the CPU kernel in double: teams of every kind, masks, warm starts, small epsilon.
 #include "check.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <sstream>
 
 using namespace pk;
@@ -52,26 +49,10 @@ void even_out(const Case& c, Inputs<float>& in) {
   }
 }
 
-float rounded(float x, Storage storage) {
-  if (storage == Storage::bfloat16) return __bfloat162float(__float2bfloat16_rn(x));
-  return storage == Storage::float16 ? __half2float(__float2half_rn(x)) : x;
-}
-std::vector<uint16_t> packed(const std::vector<float>& values, Storage storage) {
-  std::vector<uint16_t> out;
-  for (float x : values) {
-    const __nv_bfloat16 b = __float2bfloat16_rn(x);
-    const __half h = __float2half_rn(x);
-    uint16_t bits;
-    memcpy(&bits, storage == Storage::bfloat16 ? static_cast<const void*>(&b) : static_cast<const void*>(&h), 2);
-    out.push_back(bits);
-  }
-  return out;
-}
-
 Inputs<float> draw(const Case& c, Random& random) {
   Inputs<float> in;
   in.cost = random.uniform<float>(c.problems * c.rows * c.cols, c.offset, c.offset + 1);
-  for (float& x : in.cost) x = rounded(x, c.storage);
+  in.cost = rounded(in.cost, c.storage);
   in.a = random.uniform<float>(c.problems * c.rows, 0.5 / double(c.rows), 1.5 / double(c.rows));
   in.b = random.uniform<float>(c.problems * c.cols, 0.5 / double(c.cols), 1.5 / double(c.cols));
   in.f_init = random.uniform<float>(c.problems * c.rows, -0.1, 0.1), in.g_init = random.uniform<float>(c.problems * c.cols, -0.1, 0.1);

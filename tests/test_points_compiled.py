@@ -12,7 +12,7 @@ from problems import KINDS
 from torch import Tensor
 
 from pisces_kernels import _dispatch, sinkhorn, sinkhorn_divergence, sinkhorn_points
-from pisces_kernels._cpu import points as cpu
+from pisces_kernels._compiled import points as compiled
 from pisces_kernels._streaming import Points, prepare, products, soft_minimum
 
 pytestmark = [pytest.mark.usefixtures("seed"), pytest.mark.filterwarnings("error::RuntimeWarning")]
@@ -161,7 +161,7 @@ def test_what_is_not_finite_shows():
     epsilon = torch.ones(1, 1, dtype=torch.float64)
 
     def product(x: Tensor, y: Tensor, row: Tensor, col: Tensor) -> Tensor:
-        return cpu.product(x, y, row, col, epsilon, ones, None, True)
+        return compiled.product(x, y, row, col, epsilon, ones, None, True)
 
     bad = x.clone()
     bad[0, 3, 1] = torch.nan
@@ -173,8 +173,8 @@ def test_what_is_not_finite_shows():
     assert product(x, bad, a, b).isnan().all()
     assert product(x, y, a, torch.full_like(b, torch.nan)).isnan().all()
     assert product(x, y, a, b).isfinite().all()
-    assert cpu.soft_minimum(x, y, torch.full_like(b, torch.inf), b, epsilon, True).isnan().all()
-    assert cpu.soft_minimum(x, bad, b, b, epsilon, True).isnan().all()
+    assert compiled.soft_minimum(x, y, torch.full_like(b, torch.inf), b, epsilon, True).isnan().all()
+    assert compiled.soft_minimum(x, bad, b, b, epsilon, True).isnan().all()
     for name in ("f_init", "g_init"):
         start = {"f_init": a.clone(), "g_init": b.clone()}
         start[name][0, 2] = torch.nan

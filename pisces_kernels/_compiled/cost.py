@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._task import address, as_bytes, kernel
+from .._checks import working_dtype
+from ._task import address, as_bytes, run
 
 
 def _cost_inputs(
@@ -52,12 +53,12 @@ def token_cost(
     row_mask: Tensor | None,
     col_mask: Tensor | None,
 ) -> Tensor:
-    """`reference.token_cost` in C++; same arguments and result."""
+    """`reference.token_cost`, compiled; same arguments and result."""
     inputs = _cost_inputs(text, video, attention, frame_index, positions, row_mask, col_mask)
-    cost = torch.empty(attention.shape, dtype=attention.dtype)
+    cost = attention.new_empty(attention.shape)
     task = _cost_task(inputs, attention.shape, text.shape[-1], gamma, eta, normalize)
     task["cost"] = cost.data_ptr()
-    kernel("token_cost", cost.dtype)(task, torch.get_num_threads())
+    run("token_cost", task, attention)
     return cost
 
 
@@ -75,13 +76,13 @@ def token_cost_gradient(
     eta: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_token_cost.gradients` in C++; same arguments and results."""
+    """`_token_cost.gradients`, compiled; same arguments and results."""
     inputs = _cost_inputs(text, video, attention, frame_index, positions, row_mask, col_mask)
     inputs.update(grad=grad.contiguous(), cost=cost.contiguous())
     task = _cost_task(inputs, attention.shape, text.shape[-1], gamma, eta, normalize)
-    results = tuple(torch.empty(t.shape, dtype=t.dtype) for t in (text, video, attention))
+    results = tuple(t.new_empty(t.shape) for t in (text, video, attention))
     task.update(zip(("grad_text", "grad_video", "grad_attention"), map(address, results), strict=True))
-    kernel("token_cost_gradient", cost.dtype)(task, torch.get_num_threads())
+    run("token_cost_gradient", task, cost)
     return results[0], results[1], results[2]
 
 
@@ -102,14 +103,14 @@ def transport_attention(
     eta: float,
     return_plan: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.transport_attention` in C++, head by head; the plan is empty unless it is asked for."""
+    """`reference.transport_attention`, compiled, without a cost in memory; the plan is empty unless asked for."""
     inputs = _cost_inputs(query, key, attention, frame_index, positions, row_mask, None)
-    refined = torch.empty(attention.shape, dtype=attention.dtype)
-    plan = torch.empty(attention.shape if return_plan else 0, dtype=attention.dtype)
+    refined = attention.new_empty(attention.shape)
+    plan = attention.new_empty(attention.shape if return_plan else 0, dtype=working_dtype(attention))
     task = _cost_task(inputs, attention.shape, query.shape[-1], gamma, eta, True)
     task.update(epsilon=epsilon, tau=tau, mass=0.0 if mass is None else mass, tol=tol, max_iters=max_iters)
     task.update(refined=refined.data_ptr(), plan=plan.data_ptr() if return_plan else 0)
-    kernel("transport_attention", refined.dtype)(task, torch.get_num_threads())
+    run("transport_attention", task, attention)
     return refined, plan
 
 
@@ -121,9 +122,9 @@ def fusion_gradient(grad: Tensor, attention: Tensor, refined: Tensor, row_mask: 
         "refined": refined.contiguous(),
         "row_mask": as_bytes(row_mask),
     }
-    result = torch.empty(grad.shape, dtype=grad.dtype)
+    result = grad.new_empty(grad.shape)
     task: dict[str, object] = {name: address(tensor) for name, tensor in inputs.items()}
     task.update(zip(("samples", "heads", "rows", "cols"), grad.shape, strict=True))
     task["result"] = result.data_ptr()
-    kernel("fusion_gradient", grad.dtype)(task, torch.get_num_threads())
+    run("fusion_gradient", task, grad)
     return result

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._task import address, as_bytes, kernel
+from ._task import address, as_bytes, run
 
 
 def sinkhorn(cost: Tensor, *others: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.sinkhorn` in C++; same arguments and results, with any leading dimensions."""
-    task, results, _alive = sinkhorn_task(cost, *others, **options)
-    kernel("sinkhorn", cost.dtype)(task, torch.get_num_threads())
+    """`reference.sinkhorn`, compiled; same arguments and results, with any leading dimensions."""
+    task, results, _alive = _task(cost, *others, **options)
+    run("sinkhorn", task, cost)
     return results
 
 
-def sinkhorn_task(
+def _task(
     cost: Tensor,
     a: Tensor,
     b: Tensor,

@@ -23,9 +23,9 @@ def implicit(
     row_mask: Tensor | None,
     col_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_implicit.formulas` in C++: its results, and [P] bool, False where float64 cannot hold the sums of the plan."""
-    to_epsilon, to_mass = (torch.empty(cost.shape[0], dtype=torch.float64) for _ in range(2))
-    sound = torch.empty(cost.shape[0], dtype=torch.bool)
+    """`_implicit.formulas`, compiled: its results, and [P] bool, False where float64 cannot hold the plan's sums."""
+    to_epsilon, to_mass = (cost.new_empty(cost.shape[0], dtype=torch.float64) for _ in range(2))
+    sound = cost.new_empty(cost.shape[0], dtype=torch.bool)
     to_cost, to_a, to_b = (empty_like(value) for value in (cost, a, b))
     tensors = {
         **solved(cost, f, g, a, b, epsilon, row_mask, col_mask),
@@ -58,9 +58,9 @@ def unrolled(
     col_mask: Tensor | None,
     n_iters: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_unrolled.gradients` in C++: its results, and [P] bool, False for problems that it does not take."""
-    to_epsilon, to_mass = (torch.empty(cost.shape[0], dtype=torch.float64) for _ in range(2))
-    sound = torch.empty(cost.shape[0], dtype=torch.bool)
+    """`_unrolled.gradients`, compiled: its results, and [P] bool, False for problems that it does not take."""
+    to_epsilon, to_mass = (cost.new_empty(cost.shape[0], dtype=torch.float64) for _ in range(2))
+    sound = cost.new_empty(cost.shape[0], dtype=torch.bool)
     to_cost, to_a, to_b = (empty_like(value) for value in (cost, a, b))
     to_f, to_g = (None if start is None else empty_like(start) for start in (f_init, g_init))
     tensors = {

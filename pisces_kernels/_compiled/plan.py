@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._task import address, as_bytes, kernel
+from . import _task
+from ._task import address, as_bytes
 
 
 def solved(
@@ -40,7 +41,7 @@ def run(name: str, tensors: dict[str, Tensor | None], **options: Any) -> None:
     task: dict[str, object] = {key: address(tensor) for key, tensor in tensors.items()}
     task.update(zip(("problems", "rows", "cols"), cost.shape, strict=True))
     task.update(options)
-    kernel(name, cost.dtype)(task, torch.get_num_threads())
+    _task.run(name, task, cost)
 
 
 def empty_like(tensor: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def plan_backward(
     row_mask: Tensor | None,
     col_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_plan._gradients` in C++; same arguments and results."""
+    """`_plan._gradients`, compiled; same arguments and results."""
     grads = {"grad_plan": grad_plan, "grad_rows": grad_rows, "grad_cols": grad_cols, "grad_energy": grad_energy}
     held = {name: None if grad is None else grad.contiguous() for name, grad in grads.items()}
     to_cost, to_f, to_g, to_a, to_b = (empty_like(value) for value in (cost, f, g, a, b))

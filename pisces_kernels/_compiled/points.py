@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._task import address, as_bytes, kernel
+from ._task import PRECISIONS, address, as_bytes, run
 
 
 def _run(name: str, x: Tensor, inputs: dict[str, Tensor | None], **options: object) -> None:
@@ -13,7 +13,7 @@ def _run(name: str, x: Tensor, inputs: dict[str, Tensor | None], **options: obje
     task: dict[str, object] = {key: address(tensor) for key, tensor in inputs.items()}
     problems, rows, dim = x.shape
     task.update(problems=problems, rows=rows, dim=dim, threads=torch.get_num_threads(), **options)
-    kernel(name, x.dtype)(task)
+    run(name, task, x)
 
 
 def _doubles(values: Tensor | None) -> Tensor | None:
@@ -42,13 +42,14 @@ def sinkhorn_points(
     f_init: Tensor | None,
     g_init: Tensor | None,
     cost: str,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve P problems between prepared clouds [P, N, D], [P, M, D]: (f, g, n_iters int32, residual)."""
     problems, cols = b.shape
     results = (
         torch.empty_like(a, memory_format=torch.contiguous_format),
         torch.empty_like(b, memory_format=torch.contiguous_format),
-        torch.empty(problems, dtype=torch.int32),
+        a.new_empty(problems, dtype=torch.int32),
         x.new_empty(problems),
     )
     inputs = {
@@ -64,7 +65,7 @@ def sinkhorn_points(
         "g_init": _contiguous(g_init),
         **dict(zip(("f", "g", "n_iters", "residual"), results, strict=True)),
     }
-    options = {"tau_a": tau_a, "tau_b": tau_b, "tol": tol, "max_iters": max_iters}
+    options = {"tau_a": tau_a, "tau_b": tau_b, "tol": tol, "max_iters": max_iters, "precision": PRECISIONS[precision]}
     _run("points_solve", x, inputs, cols=cols, squared=cost != "cosine", anderson=acceleration == "anderson", **options)
     return results
 
@@ -76,13 +77,13 @@ def self_transport(
     problems, rows = a.shape
     results = (
         torch.empty_like(a, memory_format=torch.contiguous_format),
-        torch.empty(problems, dtype=torch.int32),
+        a.new_empty(problems, dtype=torch.int32),
         x.new_empty(problems),
     )
     inputs = dict.fromkeys(("y", "b", "mass", "col_mask", "f_init", "g_init", "g"))
     inputs.update(x=x.contiguous(), a=a.contiguous(), epsilon=_doubles(epsilon), row_mask=as_bytes(mask))
     inputs.update(zip(("f", "n_iters", "residual"), results, strict=True))
-    options = {"tau_a": tau, "tau_b": tau, "tol": tol, "max_iters": max_iters}
+    options = {"tau_a": tau, "tau_b": tau, "tol": tol, "max_iters": max_iters, "precision": PRECISIONS["float32"]}
     _run("points_self", x, inputs, cols=rows, squared=cost != "cosine", anderson=False, **options)
     return results
 
@@ -93,7 +94,7 @@ def soft_minimum(x: Tensor, y: Tensor, potential: Tensor, log_weight: Tensor, ep
     inputs = dict.fromkeys(("a", "mass", "row_mask", "col_mask", "f_init", "g", "n_iters", "residual"))
     inputs.update(x=x.contiguous(), y=y.contiguous(), b=log_weight.contiguous(), g_init=potential.contiguous())
     inputs.update(epsilon=_doubles(epsilon), f=result)
-    options = {"tau_a": 1.0, "tau_b": 1.0, "tol": 0.0, "max_iters": 1}
+    options = {"tau_a": 1.0, "tau_b": 1.0, "tol": 0.0, "max_iters": 1, "precision": PRECISIONS["float32"]}
     _run("points_transform", x, inputs, cols=y.shape[-2], squared=squared, anderson=False, **options)
     return result
 
