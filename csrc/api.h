@@ -192,8 +192,8 @@ template <class T> void cpu_unrolled(const UnrolledTask<T>&, int threads);
 // nor synchronise.
 enum class Storage : int { float32, bfloat16, float16 };
 struct CudaCall {
-  // Of some arrays in memory, whatever their pointers' type: the cost of sinkhorn and of a plan; text, video and attention of the token cost;
-  // these and the refined attention of transport attention; all of the fusion's gradient.
+  // Of some arrays in memory, whatever their pointers' type: the cost of sinkhorn and of a plan; text, video and attention of the
+  // token cost; these and the refined attention of transport attention; all of the fusion's gradient.
   Storage storage;
   int device;
   uintptr_t stream;

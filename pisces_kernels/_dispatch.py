@@ -100,12 +100,21 @@ def compiled(operation: str, backend: str) -> bool:
     return backend == "cpu" or (backend == "cuda" and operation in ON_CUDA)
 
 
-def refuse_on_cuda(who: str, dtype: torch.dtype, mass: object, acceleration: str | None = None) -> None:
-    """Raise ValueError for what the CUDA kernels do not do; dtype: in which the operation computes."""
+def refuse_on_cuda(
+    who: str, dtype: torch.dtype, *, acceleration: str | None = None, points_mass: object = None
+) -> None:
+    """Raise ValueError for what the CUDA kernels do not do.
+
+    Args:
+        who: name of the calling function.
+        dtype: in which the operation computes.
+        acceleration: None is there.
+        points_mass: exact mass between point clouds; None is there.
+    """
     lacks = None
     if dtype != torch.float32:
         lacks = f"computes in float32, and an input is {dtype}"
-    elif mass is not None:
+    elif points_mass is not None:
         lacks = "does not solve for an exact mass"
     elif acceleration is not None:
         lacks = f"has no acceleration, got {acceleration!r}"

@@ -237,4 +237,6 @@ _compiled = differentiable_by(_implicit_backward_op, formulas)
 
 def potentials_gradient(*inputs: Any, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`formulas` on the back end of the forward solve; same arguments and results."""
-    return _compiled(*inputs) if _dispatch.compiled("implicit", backend) else formulas(*inputs)
+    *_, exact_mass, _, _ = inputs
+    has_kernel = _dispatch.compiled("implicit", backend) and not (exact_mass and backend == "cuda")
+    return _compiled(*inputs) if has_kernel else formulas(*inputs)

@@ -125,7 +125,7 @@ def sinkhorn_points(
     if precision not in PRECISIONS:
         raise ValueError(f"{WHO}: precision is {precision!r}, expected one of {tuple(PRECISIONS)}.")
     if chosen == "cuda":
-        _dispatch.refuse_on_cuda(WHO, problem.dtype, problem.mass, acceleration)
+        _dispatch.refuse_on_cuda(WHO, problem.dtype, acceleration=acceleration, points_mass=problem.mass)
     elif precision != "float32":
         raise ValueError(f"{WHO}: precision {precision!r} is there with backend='cuda' only, got backend {chosen!r}.")
     flat, held = problem.flat, problem.constant_unless_differentiated

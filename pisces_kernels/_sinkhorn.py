@@ -126,7 +126,7 @@ def sinkhorn(
     )
     chosen = _dispatch.resolve(WHO, backend, cost.device)
     if chosen == "cuda":
-        _dispatch.refuse_on_cuda(WHO, problem.dtype, problem.mass, acceleration)
+        _dispatch.refuse_on_cuda(WHO, problem.dtype, acceleration=acceleration)
     as_stored = chosen == "cuda" or cost.dtype == problem.dtype  # the CUDA kernel reads 16-bit costs itself
     held = problem.constant_unless_differentiated
     with_start = gradient == "unrolled"  # the fixed point does not depend on where the iteration starts

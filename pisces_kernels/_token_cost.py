@@ -144,7 +144,7 @@ def token_cost(
     gamma, eta = _checks.number(WHO, "gamma", gamma), _checks.number(WHO, "eta", eta)
     chosen = _dispatch.resolve(WHO, backend, text.device)
     if chosen == "cuda":
-        _dispatch.refuse_on_cuda(WHO, dtype, None)
+        _dispatch.refuse_on_cuda(WHO, dtype)
     return _token_cost(
         text.to(dtype), video.to(dtype), attention.to(dtype), frames, places, gamma, eta, normalize, row_mask,
         col_mask, chosen,

@@ -79,8 +79,7 @@ def transport_attention(
         eta: weight of place in the cost.
         return_plan: also return the plan.
         differentiable_plan: let gradients flow through the plan too (to query, key and attention).
-        backend: None (the best that can run), "reference", "cpu" or "cuda" (never chosen unless it is named; without
-            mass).
+        backend: None (the best that can run), "reference", "cpu" or "cuda" (never chosen unless it is named).
 
     Returns:
         [B, H, Q, M] in the dtype of attention, computed in float32 or float64 also under torch.autocast; with
@@ -130,7 +129,7 @@ def transport_attention(
     chosen = _dispatch.resolve(WHO, backend, query.device)
     stored = dtype  # of what the kernels read
     if chosen == "cuda":
-        _dispatch.refuse_on_cuda(WHO, dtype, mass)
+        _dispatch.refuse_on_cuda(WHO, dtype)
         if query.dtype == key.dtype == attention.dtype and not differentiable_plan:
             stored = attention.dtype
     wide = attention.to(stored)

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 # The only reasons for which a test may be skipped: what the machine lacks, never what is unfinished.
-EXPECTED_SKIPS = ("no CUDA device", "nvcc not found")
+EXPECTED_SKIPS = ("no CUDA device", "nvcc not found", "compute-sanitizer not found")
 
 
 @pytest.fixture(autouse=True)

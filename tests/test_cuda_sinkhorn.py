@@ -52,6 +52,38 @@ def test_gradient_of_a_16_bit_cost_has_its_dtype(device):
     assert cost.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_exact_mass_and_its_gradient(device, place, monkeypatch):
+    monkeypatch.setenv("PK_DEVICE", place)
+    cost = torch.rand(2, 13, 30)
+    mass = torch.tensor([0.4, 0.9])
+    results = []
+    for where, dtype, backend in ((device, torch.float32, "cuda"), ("cpu", torch.float64, "reference")):
+        leaf = cost.to(where, dtype, copy=True).requires_grad_()
+        result = sinkhorn(leaf, epsilon=0.1, mass=mass.to(where, dtype), max_iters=300, tol=1e-6, backend=backend)
+        result.plan().square().sum().backward()
+        assert leaf.grad is not None
+        torch.testing.assert_close(result.plan().sum((-2, -1)).cpu().float(), mass, atol=1e-5, rtol=0)
+        results.append([value.detach().cpu().double() for value in (result.f, result.g, leaf.grad)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_solve_can_be_captured_in_a_graph():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    cost = torch.rand(3, 20, 300, device="cuda")
+    options = {"epsilon": 0.05, "tau": 0.9, "gradient": "none", "backend": "cuda"}
+    want = sinkhorn(cost, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = sinkhorn(cost, **options)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(got.f, want.f)
+
+
 def test_non_contiguous_cost_and_one_start(device):
     cost = torch.rand(30, 11).mT.contiguous().mT
     start = torch.rand(30) / 10
@@ -64,7 +96,6 @@ def test_non_contiguous_cost_and_one_start(device):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"mass": 0.5}, "exact mass"),
         ({"acceleration": "anderson"}, "acceleration"),
         ({"a": torch.full((4,), 0.25, dtype=torch.float64)}, "float32"),
     ],

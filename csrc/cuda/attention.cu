@@ -56,7 +56,8 @@ __device__ void fill_nan(const Head& head, const Problem& problem, const TokenCo
 }
 
 // With e_ij = exp2(k (f_i / tau + g_j - C_ij)) b_j, whose row sums are near 1 at a fixed point, P = e / sum e. One exponential an
-// entry: e takes the place of K. The undamped f_i / tau is found again if the iterations have stopped far from the fixed point.
+// entry: e takes the place of K. The undamped f_i / tau is found
+// again if the iterations have stopped far from the fixed point, and with an exact mass.
 template <class Solver> __device__ void fuse(Solver& solver, const Head& head, float residual) {
   Problem& problem = solver.problem;
   Peers& peers = solver.peers;
@@ -64,7 +65,8 @@ template <class Solver> __device__ void fuse(Solver& solver, const Head& head, f
   const float k = problem.scale;
   for (int i = threadIdx.x; i < problem.n; i += blockDim.x) problem.rows.damping(i) = problem.row_potential(i);
   __syncthreads();
-  if (!(residual < 1)) {
+  if (!(residual < 1) || problem.mass > 0) {  // caps are no log-sums of their rows either
+    problem.mass = 0;
     begin_logs(problem);
     log_rows(problem, cost, peers);
   }
@@ -142,7 +144,8 @@ __global__ void __launch_bounds__(ROWS > 0 ? ONE_PASS_THREADS : ATTENTION_THREAD
   cost.carve(fast, shape.rows);
   settle<ROWS == GLOBAL_ROWS>(problem, solver.peers, place, fast, workspace, shape.rows, shape.cols);
   Inputs in{};
-  in.epsilon = float(task.epsilon), in.tau_a = in.tau_b = float(task.tau), in.tol = float(task.tol), in.max_iters = task.max_iters;
+  in.epsilon = float(task.epsilon), in.tau_a = in.tau_b = task.mass > 0 ? 1.0f : float(task.tau);
+  in.mass = float(task.mass), in.tol = float(task.tol), in.max_iters = task.max_iters;
   const int end = problem.first + problem.m;
   for (int64_t h = blockIdx.x / place.team; h < shape.samples * shape.heads; h += place.teams) {
     const int64_t b = h / shape.heads;
@@ -187,7 +190,6 @@ __global__ void __launch_bounds__(GRADIENT_THREADS) fusion_gradient_kernel(Fusio
 }
 
 const char* refusal(const AttentionTask<float>& task) {
-  if (task.mass > 0) return "an exact mass is not there on CUDA; use backend='reference'";
   if (task.cost.rows * task.cost.cols > 0x7fffffff / 8) return "more than 2^28 entries a head";
   return nullptr;
 }

@@ -5,7 +5,6 @@
 namespace pk {
 namespace device {
 
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float DENSITY_CEILING = 40;  // natural exponents where the density is multiplied by a weight of zero
 
 // One entry: x is the natural exponent. What is masked has a density of 0 and the cost 0.

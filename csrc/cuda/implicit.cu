@@ -6,6 +6,7 @@
 //
 // w is eliminated: (I - Y Y^T) z = right. Rows of I - Y Y^T times sqrt(p) are (1 - tau_a tau_b) sqrt(p): the diagonal follows from
 // the other entries without cancellation, however close to singular the system is. Sums are kept as logarithms: none overflows.
+#include "density.cuh"
 #include "host.h"
 #include "log_domain.cuh"
 
@@ -15,8 +16,6 @@ namespace {
 using namespace device;
 
 constexpr int THREADS = 256, TALL = 4;  // Y Y^T in tiles of 4 x 4
-constexpr double LOG2_E = 1.4426950408889634, LN2 = 0.6931471805599453;
-constexpr float DENSITY_CEILING = 40;  // natural exponents where the density is multiplied by a weight of zero
 
 struct Sizes {
   int64_t shorter, longer;
@@ -105,7 +104,7 @@ struct Implicit {
     side.right[i] = side.exists(i) ? side.grad[i] : 0.0;
   }
   __device__ float weighed(int64_t i, int64_t j, float weight) const {
-    return fmaf(problem.exponent(i, j), float(LOG2_E), log2_approx(weight));
+    return fmaf(problem.exponent(i, j), LOG2_E, log2_approx(weight));
   }
   __device__ void find_all_sums() {
     for (int64_t i = warp; i < problem.shorter.size; i += warps) {
@@ -116,12 +115,7 @@ struct Implicit {
         if (b > 0) logs.add(weighed(i, j, b));
       }
       __syncwarp();
-#pragma unroll
-      for (int offset = WARP / 2; offset > 0; offset /= 2) {
-        const float top = __shfl_xor_sync(ALL_LANES, logs.top, offset);
-        const float other = __shfl_xor_sync(ALL_LANES, logs.sum, offset);
-        logs.join(top, other);
-      }
+      logs.across_warp();
       if (lane == 0) find_sums(problem.shorter, i, logs);
     }
     for (int64_t j = threadIdx.x; j < problem.longer.size; j += THREADS) {
@@ -143,7 +137,8 @@ struct Implicit {
     const int64_t n = problem.shorter.size, m = problem.longer.size;
     for (int64_t i = warp; i < n; i += warps) {
       const float a = problem.shorter.weight_of(i);
-      const float log_scale = a > 0 ? 0.5f * (log2_approx(a * float(problem.shorter.tau * problem.longer.tau)) - float(shorter.log_sum[i])) : 0.0f;
+      const float taus = float(shorter.tau * longer.tau);
+      const float log_scale = a > 0 ? 0.5f * (log2_approx(a * taus) - float(shorter.log_sum[i])) : 0.0f;
       double known = 0;
       for (int64_t j = lane; j < m; j += WARP) {
         const float b = problem.longer.weight_of(j);
@@ -307,7 +302,8 @@ struct Implicit {
     shift(problem.shorter, -share), shift(problem.longer, share);
     __syncthreads();
   }
-  // With R = exp(x - log s) and Q = exp(x - log t):  grad_cost = R b v + Q a u, a_bar = -epsilon sum_j Q u, b_bar = -epsilon sum_i R v.
+  // With R = exp(x - log s) and Q = exp(x - log t):
+  //   grad_cost = R b v + Q a u,   a_bar = -epsilon sum_j Q u,   b_bar = -epsilon sum_i R v.
   // drift: what the choice sum a f = sum b g hands back. Returns the gradient of epsilon.
   __device__ double write(double drift) {
     const Margin &shorter = problem.shorter, &longer = problem.longer;
@@ -322,7 +318,7 @@ struct Implicit {
           problem.to_cost[problem.at(i, j)] = 0;
           continue;
         }
-        const float x = problem.exponent(i, j), scaled = x * float(LOG2_E);
+        const float x = problem.exponent(i, j), scaled = x * LOG2_E;
         const float by_col = exp2_approx(scaled - float(longer.log_sum[j])) * float(longer.result[j]);
         const float grad = fmaf(exp2_approx(scaled - log_s) * v, problem.longer.weight[j], by_col * a);
         problem.to_cost[problem.at(i, j)] = grad;
@@ -339,7 +335,7 @@ struct Implicit {
       double sum = 0;
       for (int64_t i = 0; i < n && there; ++i)
         if (problem.shorter.exists(i))
-          sum += double(exp2_approx(problem.exponent(i, j) * float(LOG2_E) - float(shorter.log_sum[i]))) * shorter.result[i];
+          sum += double(exp2_approx(problem.exponent(i, j) * LOG2_E - float(shorter.log_sum[i]))) * shorter.result[i];
       problem.longer.to_weight[j] = there ? float(-problem.epsilon * sum + drift * problem.longer.potential[j]) : 0.0f;
       if (there) by_epsilon -= longer.result[j] * longer.log_sum[j] * LN2;
     }

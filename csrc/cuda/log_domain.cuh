@@ -26,6 +26,14 @@ struct LogSum {
     else sum += other_sum;
     top = peak;
   }
+  // All lanes of the warp.
+  __device__ void across_warp() {
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2) {
+      const float other_top = __shfl_xor_sync(ALL_LANES, top, offset), other_sum = __shfl_xor_sync(ALL_LANES, sum, offset);
+      join(other_top, other_sum);
+    }
+  }
   __device__ float value() const { return top + log2_approx(sum); }
 };
 
@@ -79,8 +87,13 @@ __device__ inline void begin_logs(const Problem& problem) {
   fill(problem.rows, problem.row_stride), fill(problem.cols, problem.col_stride);
   __syncthreads();
 }
-// The potential that a log-sum gives, in place of the last one. Returns the change in units of 1 / k.
+// The potential that a log-sum gives, in place of the last one. Returns the change in units of 1 / k. With an exact mass the
+// log-sum is only kept, in the place of the damping.
 __device__ inline float take_potential(const Problem& problem, const Side& side, int i, float log_sum) {
+  if (problem.mass > 0) {
+    side.damping(i) = log_sum;
+    return 0;
+  }
   const float potential = -side.tau * log_sum * problem.inverse_scale;
   const float moved = fabsf(potential - side.next(i)) * problem.scale;
   side.next(i) = side.reference(i) = potential, side.log_scaling(i) = 0;
@@ -100,12 +113,7 @@ template <class Cost> __device__ inline float log_rows(const Problem& problem, c
       sum.add(fmaf(problem.cols.next(j) - entry, problem.scale, problem.cols.scaled(j)));
     }
     __syncwarp();
-#pragma unroll
-    for (int offset = WARP / 2; offset > 0; offset /= 2) {
-      const float top = __shfl_xor_sync(ALL_LANES, sum.top, offset);
-      const float other = __shfl_xor_sync(ALL_LANES, sum.sum, offset);
-      sum.join(top, other);
-    }
+    sum.across_warp();
     if (lane == 0) slot[i] = sum.top, slot[problem.row_stride + i] = sum.sum;
   }
   peers.sync();

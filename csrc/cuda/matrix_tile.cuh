@@ -22,13 +22,14 @@ struct MatrixTile {
       to[d * SIDE_PITCH + i] = there ? load_stored(features, storage, base + (first + i) * dim + k + d) : 0.0f;
     }
   }
-  // sums += products of rows [row, ..) of the left features and [col, ..) of the right ones; squared: of row `thread` of the left tile,
-  // or of column `thread - SIDE`. All threads.
-  __device__ void multiply(const void* left, int64_t left_base, int64_t row, int64_t left_count, const void* right, int64_t right_base,
-                           int64_t col, int64_t right_count, int64_t dim, Storage storage, float (&sums)[PATCH][PATCH],
-                           float& squared) const {
+  // sums += products of rows [row, ..) of the left features and [col, ..) of the right ones; squared: of row `thread` of the left
+  // tile, or of column `thread - SIDE`. All threads.
+  __device__ void multiply(const void* left, int64_t left_base, int64_t row, int64_t left_count, const void* right,
+                           int64_t right_base, int64_t col, int64_t right_count, int64_t dim, Storage storage,
+                           float (&sums)[PATCH][PATCH], float& squared) const {
     for (int64_t k = 0; k < dim; k += DEPTH) {
-      fetch(rows, left, storage, left_base, row, left_count, k, dim), fetch(cols, right, storage, right_base, col, right_count, k, dim);
+      fetch(rows, left, storage, left_base, row, left_count, k, dim);
+      fetch(cols, right, storage, right_base, col, right_count, k, dim);
       __syncthreads();
 #pragma unroll
       for (int d = 0; d < DEPTH; ++d) {

@@ -8,6 +8,7 @@ namespace device {
 
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr float LN2 = 0.6931471805599453f, LOG2_E = 1.4426950408889634f;
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }

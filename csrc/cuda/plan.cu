@@ -154,7 +154,8 @@ template <class Work> __global__ void __launch_bounds__(COLS) add_kernel(Work wo
 
 const char* refusal(const Solved<float>& problem) {
   const int64_t blocks = (problem.rows + problem.cols + COLS - 1) / COLS + 1;
-  if (tiling_of(problem).count() > 0x7fffffff || problem.problems * blocks > 0x7fffffff) return "more than 2^43 entries; use smaller batches";
+  if (tiling_of(problem).count() > 0x7fffffff || problem.problems * blocks > 0x7fffffff)
+    return "more than 2^43 entries; use smaller batches";
   return nullptr;
 }
 bool is_empty(const Solved<float>& problem) { return problem.problems * problem.rows * problem.cols == 0; }

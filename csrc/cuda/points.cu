@@ -17,7 +17,7 @@ using namespace device;
 
 constexpr int BLOCKS_EACH = 2, MOST_SPLITS = 8;  // blocks on a multiprocessor; parts of the columns
 constexpr int NOT_FINITE = 1, HAS_ROWS = 2, HAS_COLS = 4;  // flags of a problem
-constexpr float FAR = 60, LOG2_E = 1.4426950408889634f;  // powers of two that a log-sum may move from its top
+constexpr float FAR = 60;  // powers of two that a log-sum may move from its top
 
 enum class Mode : int { solve, self, transform };
 
@@ -48,7 +48,7 @@ struct Work {
   float tol;
   int32_t* n_iters;
 
-  __device__ float scale(int64_t p) const { return float(1.0 / (epsilon[p] * 0.6931471805599453)); }
+  __device__ float scale(int64_t p) const { return float(1.0 / (epsilon[p] * LN2)); }
   __device__ bool ready(int64_t p) const {
     if (mode == Mode::transform) return !(flags[p] & NOT_FINITE);
     return flags[p] == (mode == Mode::self ? HAS_ROWS : HAS_ROWS | HAS_COLS);
@@ -68,7 +68,8 @@ struct Work {
 // ---- before and after ------------------------------------------------------------------------------------------------------------
 
 // A warp a point: scaled, rounded, padded; its norm, its weight's log, its offset at the start.
-template <Precision P> __global__ void __launch_bounds__(TILE_THREADS) pack_kernel(const __grid_constant__ Work work, int side_index, bool given_logs) {
+template <Precision P>
+__global__ void __launch_bounds__(TILE_THREADS) pack_kernel(const __grid_constant__ Work work, int side_index, bool given_logs) {
   constexpr int BYTES = element_bytes(P);
   const Cloud& side = work.sides[side_index];
   const int lane = threadIdx.x % WARP;
@@ -211,7 +212,7 @@ template <Precision P, bool ONE> struct Iteration {
     const int64_t at = p * own.padded + i;
     const float k = work.scale(p), before = own.potential[at], image = -own.tau * (log_sum - own.norm[at]) / k;
     const float potential = work.mode == Mode::self ? (before + image) / 2 : image;
-    const float change = fabsf(image - before) * k * 0.6931471805599453f;
+    const float change = fabsf(image - before) * k * LN2;
     atomicMax(work.moved_in(iteration, p), __float_as_int(change));  // NaN is more than everything
     own.potential[at] = potential, own.last[at] = log_sum;
     work.offsets(own, iteration + 1)[at] = fmaf(potential, k, -own.norm[at]) + own.log_weight[at];
@@ -294,11 +295,14 @@ const char* plan(const PointsTask<float>& task, Mode mode, const Limits& limits,
   alignas(16) static unsigned char nowhere[16];  // only counted
   const int sides = mode == Mode::self ? 1 : 2;
   Work& work = plan.work = {};
-  work.problems = task.problems, work.dim = task.dim, work.mode = mode, work.max_iters = mode == Mode::transform ? 1 : task.max_iters;
+  work.problems = task.problems, work.dim = task.dim, work.mode = mode;
+  work.max_iters = mode == Mode::transform ? 1 : task.max_iters;
   work.chunks = int(chunks_of(task.dim, P)), work.tol = float(task.tol), work.n_iters = task.n_iters;
   work.half_norm = task.squared ? 0.0f : 0.5f, work.slope = task.squared ? 2.0f : 1.0f, work.epsilon = task.epsilon;
-  // Two blocks on a multiprocessor if they fit, with 1 KiB each for the system; all chunks of the rows if they fit, too.
-  const size_t whole = size_t(limits.shared_block), half = (whole + 1024) / BLOCKS_EACH - 1024;
+  // Two blocks on a multiprocessor if they fit, each with 1 KiB for the system and static arrays; all chunks of the rows if they
+  // fit, too.
+  constexpr size_t SYSTEM = 1024, STATIC = 1024;
+  const size_t whole = size_t(limits.shared_block) - STATIC, half = (whole + STATIC + SYSTEM) / BLOCKS_EACH - SYSTEM - STATIC;
   const int least = std::min(work.chunks, 2);
   const size_t available = TileMemory<P>::bytes(least) <= half ? half : whole;
   if (TileMemory<P>::bytes(least) > available) return "too little shared memory on this device; use backend='reference'";
@@ -306,8 +310,9 @@ const char* plan(const PointsTask<float>& task, Mode mode, const Limits& limits,
   plan.shared_bytes = TileMemory<P>::bytes(work.slots);
   const int64_t wanted = int64_t(limits.multiprocessors) * (available == half ? BLOCKS_EACH : 1);
   Carver memory{base ? base : nowhere};
-  work.flags = reinterpret_cast<int*>(memory.floats(task.problems)), work.redo = reinterpret_cast<int*>(memory.floats(task.problems));
-  work.moved = reinterpret_cast<int*>(memory.floats(3 * task.problems)), work.arrived = reinterpret_cast<unsigned*>(memory.floats(1));
+  const auto ints = [&memory](int64_t count) { return reinterpret_cast<int*>(memory.floats(count)); };
+  work.flags = ints(task.problems), work.redo = ints(task.problems), work.moved = ints(3 * task.problems);
+  work.arrived = reinterpret_cast<unsigned*>(ints(1));
   for (int turn = 0; turn < sides; ++turn) {
     Cloud& side = work.sides[turn] = side_of(task, turn == 0, mode);
     side.arrived = reinterpret_cast<unsigned*>(memory.floats(task.problems * side.padded / TILE_ROWS));
@@ -337,7 +342,8 @@ template <Precision P> cudaError_t launch_all(const PointsTask<float>& task, con
   const Work& work = plan.work;
   cudaError_t error = clear(call.workspace, work.cleared_bytes, call.stream);
   for (int turn = 0; turn < (work.mode == Mode::self ? 1 : 2); ++turn) {
-    const Launch pack{dim3(unsigned(task.problems * work.sides[turn].padded / (TILE_THREADS / WARP))), dim3(TILE_THREADS), 0, call.stream};
+    const unsigned blocks = unsigned(task.problems * work.sides[turn].padded / (TILE_THREADS / WARP));
+    const Launch pack{dim3(blocks), dim3(TILE_THREADS), 0, call.stream};
     if (error == cudaSuccess) error = launch(pack_kernel<P>, pack, work, turn, work.mode == Mode::transform && turn == 1);
   }
   Launch all{dim3(plan.blocks), dim3(TILE_THREADS), plan.shared_bytes, call.stream};

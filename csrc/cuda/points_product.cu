@@ -15,7 +15,6 @@ using namespace device;
 constexpr int WIDTH = 128, SPAN = WIDTH / (SIDE / PATCH);  // columns of the result that a block and a thread have
 constexpr int RIGHT_PITCH = WIDTH + 4;
 constexpr float HIGHEST_EXPONENT = 80;  // reached only between a row and a column that both have no weight
-constexpr float LOG2_E = 1.4426950408889634f;
 
 struct Pieces {  // shared memory
   float *rows, *cols, *norms, *kernel, *right;
@@ -49,7 +48,8 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) product_kernel(PointsProductT
     if (thread < 2 * SIDE) pieces.norms[thread] = squared;
     for (int at = thread; at < SIDE * WIDTH; at += PRODUCT_THREADS) {
       const int64_t j = col + at / WIDTH, e = first_entry + at % WIDTH;
-      pieces.right[at / WIDTH * RIGHT_PITCH + at % WIDTH] = j < M && e < task.width ? __ldg(task.right + (p * M + j) * task.width + e) : 0.0f;
+      const bool there = j < M && e < task.width;
+      pieces.right[at / WIDTH * RIGHT_PITCH + at % WIDTH] = there ? __ldg(task.right + (p * M + j) * task.width + e) : 0.0f;
     }
     __syncthreads();
 #pragma unroll

@@ -71,6 +71,7 @@ struct Problem {
   int n, m, row_stride, col_stride;
   int first;         // global index of column 0 of this block
   float scale, inverse_scale;  // k and 1 / k
+  float mass = 0;    // exact mass, if there is one: exact_mass.cuh
 
   // Place in K of rows 4 q .. 4 q + 3 of column j: tiles of 32 columns, so that the quads of a column are a constant apart and
   // neighbouring lanes read neighbouring memory.

@@ -25,8 +25,9 @@ __global__ void __launch_bounds__(ROWS > 0 ? ONE_PASS_THREADS : TWO_PASS_THREADS
     in.col_mask = task.col_mask ? task.col_mask + p * M : nullptr;
     in.f_init = task.f_init ? task.f_init + p * N : nullptr;
     in.g_init = task.g_init ? task.g_init + p * M : nullptr;
-    in.epsilon = float(task.epsilon[p]), in.tau_a = float(task.tau_a), in.tau_b = float(task.tau_b);
-    in.tol = float(task.tol), in.max_iters = task.max_iters;
+    in.epsilon = float(task.epsilon[p]), in.tau_a = task.mass ? 1.0f : float(task.tau_a);
+    in.tau_b = task.mass ? 1.0f : float(task.tau_b);
+    in.mass = task.mass ? float(task.mass[p]) : 0.0f, in.tol = float(task.tol), in.max_iters = task.max_iters;
     solver.begin(in);
     const Outcome outcome = solver.solve(in, solver.see_cost());
     const bool sound = outcome.residual == outcome.residual;
@@ -47,7 +48,6 @@ __global__ void __launch_bounds__(ROWS > 0 ? ONE_PASS_THREADS : TWO_PASS_THREADS
 }
 
 const char* refusal(const SinkhornTask<float>& task) {
-  if (task.mass != nullptr) return "an exact mass is not there on CUDA; use backend='reference'";
   if (task.anderson) return "Anderson acceleration is not there on CUDA; use acceleration=None or backend='reference'";
   if (task.rows > 0x7fffffff / 8 || task.cols > 0x7fffffff / 8) return "more than 2^28 rows or columns";
   return nullptr;

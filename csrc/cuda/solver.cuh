@@ -1,6 +1,7 @@
 // Solves one problem with a team of blocks: iterations without exponentials where a float holds K, new references when the
 // scalings grow large, log-domain iterations where nothing else is right. Everything is decided on the device.
 #pragma once
+#include "exact_mass.cuh"
 #include "log_domain.cuh"
 #include "scaling.cuh"
 
@@ -11,6 +12,7 @@ struct Inputs {  // of one problem; null where optional
   const uint8_t *row_mask, *col_mask;
   const float *f_init, *g_init;
   float epsilon, tau_a, tau_b, tol;
+  float mass;  // 0: not given; else tau is 1
   int max_iters;
 };
 struct Range {  // of a cost
@@ -25,8 +27,6 @@ struct Outcome {
 
 namespace device {
 
-constexpr float LN2 = 0.6931471805599453f;
-
 template <int ROWS, class Cost> struct Solver {
   Problem problem;
   Peers peers;
@@ -35,11 +35,12 @@ template <int ROWS, class Cost> struct Solver {
   bool scaled;                         // K and the row sums fit the potentials
   bool renew;                          // K is to be built at the references
   float residual, total_a, total_b;
+  float level;                         // exact mass: the multiplier, in units of 1 / k
 
   // Load the weights and the start. All threads of all blocks of the team.
   __device__ void begin(const Inputs& in) {
     problem.scale = 1.0f / (in.epsilon * LN2), problem.inverse_scale = in.epsilon * LN2;
-    problem.rows.tau = in.tau_a, problem.cols.tau = in.tau_b;
+    problem.rows.tau = in.tau_a, problem.cols.tau = in.tau_b, problem.mass = in.mass;
     problem.rows.turned = problem.cols.turned = false;
     __syncthreads();  // the last problem's results have been read
     total_a = block_reduce<float, false>(load_side(problem.rows, in.a, in.row_mask, in.f_init, 0, problem.n, problem.row_stride),
@@ -65,8 +66,11 @@ template <int ROWS, class Cost> struct Solver {
     const bool start = peers.all(finite_potentials(), problem.scratch);
     if (!(isfinite(total_a) && isfinite(total_b) && range.finite && start)) return {0, NAN, false};
     iterations = failures = log_left = 0, residual = INFINITY, scaled = false;
-    renew = in.f_init == nullptr && in.g_init == nullptr && (range.high - range.low) * problem.scale <= SCALING_HIGH;
+    renew = in.mass == 0 && in.f_init == nullptr && in.g_init == nullptr && (range.high - range.low) * problem.scale <= SCALING_HIGH;
     if (renew) start_close(range.low);
+    level = 0;
+    if (in.mass > 0 && in.f_init) level += start_caps(problem, peers, problem.rows, problem.n, false);
+    if (in.mass > 0 && in.g_init) level += start_caps(problem, peers, problem.cols, problem.m, true);
     bool half = in.f_init != nullptr && in.g_init == nullptr;  // a start from f alone: half an iteration is not counted
     while (iterations < in.max_iters) {
       const bool counts = !renew && !half;
@@ -76,7 +80,11 @@ template <int ROWS, class Cost> struct Solver {
       if (counts && residual < in.tol) break;
     }
     if (!peers.all(finite_potentials(), problem.scratch)) return {iterations, NAN, false};
-    if (in.tau_a == 1.0f && in.tau_b == 1.0f) choose_constant();
+    if (in.mass > 0) {
+      split_level(problem, problem.rows, problem.n, level), split_level(problem, problem.cols, problem.m, level);
+    } else if (in.tau_a == 1.0f && in.tau_b == 1.0f) {
+      choose_constant();
+    }
     __syncthreads();
     return {iterations, residual, false};
   }
@@ -156,6 +164,7 @@ template <int ROWS, class Cost> struct Solver {
   // take over for a while: twice as many after each failure, up to 64. Each part is called in one place: it is inlined.
   __device__ void step(bool half) {
     const bool was_scaled = scaled, building = renew;
+    const float level_before = level;
     float moved = 0, trouble = 0;
     if (building) {
       __syncthreads();
@@ -169,7 +178,10 @@ template <int ROWS, class Cost> struct Solver {
     }
     const bool logs = !scaled;
     if (logs) begin_logs(problem);
-    if (logs && !half) moved = block_reduce<float, true>(log_rows(problem, cost, peers), problem.scratch);
+    if (logs && !half) {
+      moved = block_reduce<float, true>(log_rows(problem, cost, peers), problem.scratch);
+      if (problem.mass > 0) moved = set_caps(problem, peers, problem.rows, problem.n, false, level);
+    }
     if (scaled) {
       const Votes votes = scale_columns<ROWS>(problem, !building, peers);
       if (building) {
@@ -180,8 +192,11 @@ template <int ROWS, class Cost> struct Solver {
       if (scaled) accept(problem.cols), moved = max(moved, votes.moved), trouble = max(trouble, votes.trouble);
       else begin_logs(problem);
     }
-    if (!scaled) moved = max(moved, peers.maximum(log_columns(problem, cost), problem.scratch));
-    residual = moved * LN2;
+    if (!scaled) {
+      moved = max(moved, peers.maximum(log_columns(problem, cost), problem.scratch));
+      if (problem.mass > 0) moved = max(moved, set_caps(problem, peers, problem.cols, problem.m, true, level));
+    }
+    residual = max(moved, fabsf(level - level_before)) * LN2;
     bool again = false;
     if (scaled) {
       failures = 0;
@@ -190,7 +205,7 @@ template <int ROWS, class Cost> struct Solver {
     } else if (was_scaled) {
       again = ++failures < 2;
       if (!again) log_left = 1 << (failures < 8 ? failures - 2 : 6);
-    } else if (!half) {
+    } else if (!half && problem.mass == 0) {
       again = --log_left <= 0;
     }
     if (again) absorb();

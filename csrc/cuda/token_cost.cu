@@ -17,7 +17,8 @@ struct Team {  // the blocks of a head
 
 __host__ __device__ int64_t slots_of(int64_t rows) { return slot_floats(int(round_to(rows, 2 * QUAD))); }
 
-__global__ void __launch_bounds__(THREADS) token_cost_kernel(CostTask<float> task, const float* similarities, Storage storage, Team team) {
+__global__ void __launch_bounds__(THREADS)
+    token_cost_kernel(CostTask<float> task, const float* similarities, Storage storage, Team team) {
   PK_DYNAMIC_SHARED(memory);
   PK_SHARED(float, scratch, THREADS / WARP);
   TokenCost cost;
@@ -31,7 +32,8 @@ __global__ void __launch_bounds__(THREADS) token_cost_kernel(CostTask<float> tas
   const int M = int(task.cols), begin = min(int(peers.rank) * team.cols_block, M), end = min(begin + team.cols_block, M);
   cost.begin(task, similarities, b);
   cost.weigh_time(task.gamma, begin, end, peers, scratch);
-  cost.find_means(reinterpret_cast<const char*>(task.attention) + entry * (storage == Storage::float32 ? 4 : 2), storage, begin, end, peers);
+  const int64_t bytes = entry * (storage == Storage::float32 ? 4 : 2);
+  cost.find_means(reinterpret_cast<const char*>(task.attention) + bytes, storage, begin, end, peers);
   float low = INFINITY, high = -INFINITY, zero = 0;
   if (task.normalize) {
     for (int j = begin + int(threadIdx.x); j < end; j += THREADS) {

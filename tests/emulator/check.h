@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -36,6 +37,13 @@ template <class A, class B> double difference(const std::vector<A>& x, const std
     if (!(away <= largest)) largest = std::isnan(away) ? INFINITY : away;
   }
   return largest;
+}
+
+// Largest difference in units of the largest value.
+template <class A, class B> double relative(const std::vector<A>& x, const std::vector<B>& y) {
+  double most = 1e-30;
+  for (const B& value : y) most = std::max(most, std::abs(double(value)));
+  return difference(x, y) / most;
 }
 
 struct Random {

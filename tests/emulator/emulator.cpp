@@ -318,7 +318,7 @@ void wait_a_little() {
   park({"relax", 0});
 }
 
-// ---- shared memory ----------- -------------------------------------------------------------------------------------------------
+// ---- shared memory and copies ---------------------------------------------------------------------------------------------------
 
 void* static_shared(const void* key, size_t bytes) {
   Block& block = *scheduler.running->block;

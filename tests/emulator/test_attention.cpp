@@ -14,6 +14,7 @@ struct Case {
   bool masks;
   Storage storage;
   int max_iters = 40;
+  double mass = 0;  // 0: not given
 };
 
 struct Inputs {  // the features and the attention as their storage has them
@@ -67,7 +68,7 @@ struct Packed {  // 16-bit copies in the place of the float arrays
 std::string name_of(const Case& c) {
   std::ostringstream name;
   name << c.samples << " x " << c.heads << " x " << c.rows << " x " << c.cols << " x " << c.dim << " eps " << c.epsilon << " tau "
-       << c.tau << (c.masks ? " masks" : "") << " storage " << int(c.storage) << " iterations " << c.max_iters;
+       << c.tau << (c.masks ? " masks" : "") << " storage " << int(c.storage) << " iterations " << c.max_iters << " mass " << c.mass;
   return name.str();
 }
 
@@ -102,11 +103,11 @@ void attention(const Case& c, Random& random, bool with_plan) {
   const Packed half(arrays.task, in, c.storage);
   const size_t entries = in.attention.size();
   std::vector<double> exact_refined(entries), exact_plan(entries);
-  AttentionTask<double> want{exact.task, c.epsilon, c.tau, 0, 0, c.max_iters, exact_refined.data(), exact_plan.data()};
+  AttentionTask<double> want{exact.task, c.epsilon, c.tau, c.mass, 0, c.max_iters, exact_refined.data(), exact_plan.data()};
   cpu_transport_attention(want, 1);
   std::vector<float> refined(entries, NAN), plan(entries, NAN);
   std::vector<uint16_t> half_refined(entries);
-  AttentionTask<float> task{arrays.task, c.epsilon, c.tau, 0, 0, c.max_iters, refined.data(), with_plan ? plan.data() : nullptr};
+  AttentionTask<float> task{arrays.task, c.epsilon, c.tau, c.mass, 0, c.max_iters, refined.data(), with_plan ? plan.data() : nullptr};
   if (c.storage != Storage::float32) task.refined = reinterpret_cast<float*>(half_refined.data());
   CudaCall call{c.storage, 0, 0, nullptr};
   const Workspace workspace(cuda_transport_attention_workspace(task, call));
@@ -178,6 +179,7 @@ int main(int argc, char** argv) {
   attention({1, 1, odd(41, 70), odd(60, 150), odd(3, 40), 0.02, 1, true, S::float16}, random, false);
   attention({1, 1, odd(4, 40), odd(60, 150), odd(3, 40), 0.002, 0.9, false, S::float32}, random, true);
   attention({1, 2, odd(4, 40), odd(60, 150), odd(3, 40), 0.002, 0.5, false, S::float32, 1}, random, true);
+  attention({1, 2, odd(4, 20), odd(60, 150), 8, 0.01, 0.9, true, S::float32, 20, 0.5}, random, true);
   attention({1, 1, 1, odd(1, 40), 4, 0.05, 0.9, false, S::float32}, random, true);
   gradient({2, 2, odd(1, 20), odd(1, 150), 1, 0, 0, true, S::float32}, random);
   report_what_is_not_finite(random);

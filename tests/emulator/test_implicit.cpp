@@ -30,13 +30,6 @@ template <class T> ImplicitTask<T> task_of(const Case& c, const Solved<T>& solve
   return task;
 }
 
-// Largest difference in units of the largest value.
-template <class A, class B> double relative(const std::vector<A>& x, const std::vector<B>& y) {
-  double most = 1e-30;
-  for (const B& value : y) most = std::max(most, std::abs(double(value)));
-  return difference(x, y) / most;
-}
-
 void run(const Case& c, Random& random) {
   const int64_t P = c.problems, N = c.rows, M = c.cols;
   std::vector<double> cost = widened(random.uniform<float>(P * N * M)), a = widened(random.uniform<float>(P * N, 0.5, 1.5));

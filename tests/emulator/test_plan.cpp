@@ -61,13 +61,6 @@ template <class T> struct Run {
   }
 };
 
-// Largest difference in units of the largest value.
-template <class A, class B> double relative(const std::vector<A>& x, const std::vector<B>& y) {
-  double most = 1e-30;
-  for (const B& value : y) most = std::max(most, std::abs(double(value)));
-  return difference(x, y) / most;
-}
-
 void run(const Case& c, Random& random, bool all) {
   const Data data(c, random);
   Run<double> exact(c, data);

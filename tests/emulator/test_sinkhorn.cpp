@@ -16,11 +16,12 @@ struct Case {
   Storage storage;
   double tol = 0;
   int max_iters = 40;
+  double mass = 0;  // share of the smaller total; 0: not given
 };
 
 template <class T> struct Inputs {
   std::vector<T> cost, a, b, f_init, g_init, f, g, residual;
-  std::vector<double> epsilon;
+  std::vector<double> epsilon, mass;
   std::vector<int32_t> n_iters;
   std::vector<uint8_t> row_mask, col_mask;
 
@@ -29,6 +30,7 @@ template <class T> struct Inputs {
     f.assign(size_t(c.problems * c.rows), T(NAN)), g.assign(size_t(c.problems * c.cols), T(NAN));
     n_iters.assign(size_t(c.problems), -1), residual.assign(size_t(c.problems), T(NAN));
     task.cost = cost.data(), task.a = a.data(), task.b = b.data(), task.epsilon = epsilon.data();
+    task.mass = mass.empty() ? nullptr : mass.data();
     task.row_mask = c.masks ? row_mask.data() : nullptr, task.col_mask = c.masks ? col_mask.data() : nullptr;
     task.f_init = c.warm_f ? f_init.data() : nullptr, task.g_init = c.warm_g ? g_init.data() : nullptr;
     task.f = f.data(), task.g = g.data(), task.n_iters = n_iters.data(), task.residual = residual.data();
@@ -62,6 +64,11 @@ Inputs<float> draw(const Case& c, Random& random) {
   if (c.rows > 2) in.a[1] = 0;  // an entry without weight still has a potential
   if (c.cols > 2) in.b[2] = 0;
   even_out(c, in);
+  for (int64_t p = 0; p < c.problems && c.mass > 0; ++p) {
+    double total = 0;
+    for (int64_t i = 0; i < c.rows; ++i) total += !c.masks || in.row_mask[size_t(p * c.rows + i)] ? in.a[size_t(p * c.rows + i)] : 0;
+    in.mass.push_back(c.mass * total);
+  }
   return in;
 }
 
@@ -69,7 +76,7 @@ void run(const Case& c, Random& random) {
   Inputs<float> in = draw(c, random);
   Inputs<double> exact;
   exact.cost = widened(in.cost), exact.a = widened(in.a), exact.b = widened(in.b), exact.f_init = widened(in.f_init);
-  exact.g_init = widened(in.g_init), exact.epsilon = in.epsilon, exact.row_mask = in.row_mask, exact.col_mask = in.col_mask;
+  exact.g_init = widened(in.g_init), exact.epsilon = in.epsilon, exact.mass = in.mass, exact.row_mask = in.row_mask, exact.col_mask = in.col_mask;
   for (size_t k = 0; k < in.cost.size() && c.masks; ++k) {  // what is masked may hold anything
     const size_t row = k / size_t(c.cols), p = row / size_t(c.rows);
     if (!in.row_mask[row] || !in.col_mask[p * size_t(c.cols) + k % size_t(c.cols)]) in.cost[k] = NAN;
@@ -85,7 +92,7 @@ void run(const Case& c, Random& random) {
   std::ostringstream name;
   name << c.problems << " x " << c.rows << " x " << c.cols << " eps " << c.epsilon << " tau " << c.tau_a << ", " << c.tau_b
        << (c.masks ? " masks" : "") << (c.warm_f ? " f" : "") << (c.warm_g ? " g" : "") << " offset " << c.offset << " storage "
-       << int(c.storage);
+       << int(c.storage) << " mass " << c.mass;
   check(message == nullptr, name.str() + ": no message");
   // float carries a cost of this size with so many digits
   const double digits = 1e-5 + 1e-6 * std::abs(c.offset);
@@ -127,6 +134,9 @@ int main(int argc, char** argv) {
   run({2, odd(1, 40), 1, 0.05, 0.9, 0.9, false, false, false, 0, S::float32}, random);
   run({1, 11, 90, 0.05, 0.9, 0.9, true, false, false, 0, S::float32, 1e-4, 400}, random);
   run({1, 20, 60, 0.05, 1, 1, false, false, false, 0, S::float32, 0, 130}, random);
+  run({2, odd(8, 40), odd(60, 150), 0.05, 1, 1, true, false, false, 0, S::float32, 0, 30, 0.6}, random);
+  run({1, odd(8, 40), odd(60, 150), 0.01, 1, 1, false, true, true, 0, S::float32, 0, 30, 0.9}, random);
+  run({1, odd(41, 60), odd(60, 90), 0.05, 1, 1, false, true, false, 0, S::bfloat16, 0, 20, 0.3}, random);
   refuse_what_is_not_finite(random);
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
