@@ -132,7 +132,7 @@ template <class Solver> __device__ void fuse(Solver& solver, const Head& head, f
 }
 
 template <int ROWS>
-__global__ void __launch_bounds__(ROWS > 0 ? ONE_PASS_THREADS : ATTENTION_THREADS, 1)
+__global__ void __launch_bounds__(ROWS > 0 ? ONE_PASS_THREADS : ROWS == 0 ? ATTENTION_THREADS : GLOBAL_THREADS, 1)
     attention_kernel(AttentionTask<float> task, const float* similarities, Storage storage, Placement place,
                      unsigned char* workspace) {
   PK_DYNAMIC_SHARED(memory);

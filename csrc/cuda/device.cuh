@@ -92,6 +92,11 @@ __device__ inline float log2_approx(float x) {  // absolute error 2^-22 near 1, 
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ inline float reciprocal_approx(float x) {  // 1 ulp; an exact division is a call, and spills
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ inline float sqrt_approx(float x) {  // 1 ulp
   float y;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -10,7 +10,7 @@ namespace pk {
 
 // Kernels by their number of rows: up to 16, 32 or 40 in registers, any number (0), and any number with K in global memory.
 constexpr int GLOBAL_ROWS = -1;
-constexpr int ONE_PASS_THREADS = 256, TWO_PASS_THREADS = 512;
+constexpr int ONE_PASS_THREADS = 256, TWO_PASS_THREADS = 512, GLOBAL_THREADS = 320;
 struct Needs {  // of a kernel
   int rows_template;
   int two_pass_threads = TWO_PASS_THREADS;
@@ -26,7 +26,7 @@ inline void measure(Placement& place, int64_t rows, int64_t cols, int two_pass_t
   place.row_stride = one_pass ? place.rows_template : int(round_to(rows, 2 * QUAD));
   place.cols_block = int((cols + place.team - 1) / place.team);
   place.col_stride = int(round_to(std::max(place.cols_block, 1), 32));
-  place.threads = one_pass ? ONE_PASS_THREADS : two_pass_threads;
+  place.threads = one_pass ? ONE_PASS_THREADS : place.global_state ? GLOBAL_THREADS : two_pass_threads;
   if (place.col_stride < place.threads) place.threads = std::max(64, place.col_stride);
   alignas(16) static unsigned char nowhere[16];  // only counted
   device::Carver fast{nowhere}, state{nowhere};

@@ -43,12 +43,12 @@ struct Work {
   int slots;                  // of TileMemory
   Mode mode;
   float half_norm;            // cosine: of both sides in the place of |x|^2; squared distance: 0
-  float slope;                // s
+  float slope, inverse_slope;  // s
   const double* epsilon;
   float tol;
   int32_t* n_iters;
 
-  __device__ float scale(int64_t p) const { return float(1.0 / (epsilon[p] * LN2)); }
+  __device__ float scale(int64_t p) const { return reciprocal_approx(float(epsilon[p]) * LN2); }
   __device__ bool ready(int64_t p) const {
     if (mode == Mode::transform) return !(flags[p] & NOT_FINITE);
     return flags[p] == (mode == Mode::self ? HAS_ROWS : HAS_ROWS | HAS_COLS);
@@ -73,27 +73,33 @@ __global__ void __launch_bounds__(TILE_THREADS) pack_kernel(const __grid_constan
   constexpr int BYTES = element_bytes(P);
   const Cloud& side = work.sides[side_index];
   const int lane = threadIdx.x % WARP;
-  const int64_t at = int64_t(blockIdx.x) * (TILE_THREADS / WARP) + threadIdx.x / WARP, p = at / side.padded, i = at % side.padded;
+  constexpr unsigned POINTS = TILE_THREADS / WARP;
+  const unsigned blocks = unsigned(side.padded) / POINTS;  // of a problem
+  const int64_t p = blockIdx.x / blocks, i = blockIdx.x % blocks * POINTS + threadIdx.x / WARP, at = p * side.padded + i;
   const bool there = i < side.count && (side.mask == nullptr || side.mask[p * side.count + i]);
-  const float k = work.scale(p), root = sqrtf(k * work.slope);
+  const float k = work.scale(p), root = sqrt_approx(k * work.slope);
   const float* const point = side.points + (p * side.count + i) * work.dim;
   const Packed packed = work.packed<P>(side, p);
   char* const to = const_cast<char*>(packed.data) + i * work.chunks * chunk_bytes(P);
   float squared = 0, zero = 0;
+#pragma unroll 1
   for (int64_t d = lane; d < int64_t(work.chunks) * (chunk_bytes(P) / BYTES); d += WARP) {
-    const float x = there && d < work.dim ? point[d] * root : 0.0f;
-    squared = fmaf(x, x, squared), zero += x - x;
+    float x = there && d < work.dim ? point[d] * root : 0.0f;
+    zero += x - x;
     if constexpr (P == Precision::bf16) {
-      reinterpret_cast<__nv_bfloat16*>(to)[d] = __float2bfloat16_rn(x);
+      const __nv_bfloat16 rounded = __float2bfloat16_rn(x);
+      reinterpret_cast<__nv_bfloat16*>(to)[d] = rounded, x = to_float(rounded);
     } else {
       const uint32_t high = to_tf32(x);
       reinterpret_cast<uint32_t*>(to)[d] = high;
       if constexpr (parts_of(P) == 2) reinterpret_cast<uint32_t*>(to + packed.part_bytes)[d] = to_tf32(x - __uint_as_float(high));
+      else x = __uint_as_float(high);
     }
+    squared = fmaf(x, x, squared);  // of what is multiplied: the distances are those of the rounded points
   }
   squared = warp_sum(squared), zero = warp_sum(zero);
   if (lane != 0) return;
-  const float norm = work.half_norm > 0 ? work.half_norm * k : squared / work.slope;
+  const float norm = work.half_norm > 0 ? work.half_norm * k : squared * work.inverse_slope;
   float log_weight = -INFINITY, potential = 0;
   bool sound = true;
   if (there) {
@@ -298,7 +304,7 @@ const char* plan(const PointsTask<float>& task, Mode mode, const Limits& limits,
   work.problems = task.problems, work.dim = task.dim, work.mode = mode;
   work.max_iters = mode == Mode::transform ? 1 : task.max_iters;
   work.chunks = int(chunks_of(task.dim, P)), work.tol = float(task.tol), work.n_iters = task.n_iters;
-  work.half_norm = task.squared ? 0.0f : 0.5f, work.slope = task.squared ? 2.0f : 1.0f, work.epsilon = task.epsilon;
+  work.half_norm = task.squared ? 0.0f : 0.5f, work.slope = task.squared ? 2.0f : 1.0f, work.inverse_slope = 1 / work.slope, work.epsilon = task.epsilon;
   // Two blocks on a multiprocessor if they fit, each with 1 KiB for the system and static arrays; all chunks of the rows if they
   // fit, too.
   constexpr size_t SYSTEM = 1024, STATIC = 1024;

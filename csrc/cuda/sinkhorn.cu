@@ -8,7 +8,7 @@ namespace {
 using namespace device;
 
 template <int ROWS>
-__global__ void __launch_bounds__(ROWS > 0 ? ONE_PASS_THREADS : TWO_PASS_THREADS, 1)
+__global__ void __launch_bounds__(ROWS > 0 ? ONE_PASS_THREADS : ROWS == 0 ? TWO_PASS_THREADS : GLOBAL_THREADS, 1)
     sinkhorn_kernel(SinkhornTask<float> task, Storage storage, Placement place, unsigned char* workspace) {
   PK_DYNAMIC_SHARED(memory);
   Solver<(ROWS > 0 ? ROWS : 0), DenseCost> solver;

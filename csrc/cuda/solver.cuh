@@ -39,7 +39,7 @@ template <int ROWS, class Cost> struct Solver {
 
   // Load the weights and the start. All threads of all blocks of the team.
   __device__ void begin(const Inputs& in) {
-    problem.scale = 1.0f / (in.epsilon * LN2), problem.inverse_scale = in.epsilon * LN2;
+    problem.scale = reciprocal_approx(in.epsilon * LN2), problem.inverse_scale = in.epsilon * LN2;
     problem.rows.tau = in.tau_a, problem.cols.tau = in.tau_b, problem.mass = in.mass;
     problem.rows.turned = problem.cols.turned = false;
     __syncthreads();  // the last problem's results have been read

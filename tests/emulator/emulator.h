@@ -160,6 +160,7 @@ template <int PENDING> inline void copy_async_wait() { emulator::wait_for_copies
 
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float log2_approx(float x) { return log2f(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 inline float sqrt_approx(float x) { return sqrtf(x); }
 inline uint32_t to_tf32(float x) {
   uint32_t bits;
