@@ -133,18 +133,16 @@ def kind(device: torch.device) -> str:
     return device.type
 
 
-def resolve(who: str, backend: str | None, device: torch.device, offered: tuple[str, ...] = BACKENDS) -> str:
+def resolve(who: str, backend: str | None, device: torch.device) -> str:
     """Choose the back end for tensors on a device.
 
-    Without a wish it is "cpu" on CPU tensors if the function has it, and "reference" elsewhere: the CUDA kernels are
-    compiled but have not been executed on a GPU yet, so they run only when asked for by name. A back end that was asked
-    for never falls back.
+    Without a wish it is "cpu" on CPU tensors and "reference" elsewhere: the CUDA kernels are compiled but have not been
+    executed on a GPU yet, so they run only when asked for by name. A back end that was asked for never falls back.
 
     Args:
         who: name of the calling function.
         backend: None or one of `BACKENDS`.
         device: where the tensors are.
-        offered: the back ends that have this function.
 
     Returns:
         One of `BACKENDS`.
@@ -153,7 +151,7 @@ def resolve(who: str, backend: str | None, device: torch.device, offered: tuple[
         ValueError: the name is unknown, or the back end cannot run on these tensors; the message says why.
     """
     if backend is None:
-        if device.type != "cpu" or "cpu" not in offered:
+        if device.type != "cpu":
             return "reference"
         if why_not("cpu") is not None:
             _warn_slow()
@@ -161,8 +159,6 @@ def resolve(who: str, backend: str | None, device: torch.device, offered: tuple[
         return "cpu"
     if backend not in BACKENDS:
         raise ValueError(f"{who}: backend is {backend!r}, expected one of {BACKENDS} or None.")
-    if backend not in offered:
-        raise ValueError(f"{who}: backend {backend!r} does not have this function. Use one of {offered}.")
     reason = why_not(backend)
     if reason is not None:
         raise ValueError(f"{who}: backend {backend!r} cannot run: {reason}.")

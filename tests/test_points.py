@@ -424,7 +424,7 @@ X, Y = torch.rand(2, 4, 3), torch.rand(2, 6, 3)
         ({"max_iters": 0}, ValueError, "max_iters is 0"),
         ({"gradient": "unrolled"}, ValueError, "gradient is 'unrolled'"),
         ({"acceleration": "magic"}, ValueError, "acceleration is 'magic'"),
-        ({"backend": "cuda"}, ValueError, "does not have this function"),
+        ({"backend": "cuda"}, ValueError, "backend 'cuda' (cannot run|wants tensors on cuda)"),
         ({"backend": "tpu"}, ValueError, "backend is 'tpu'"),
         ({"f_init": torch.zeros(2, 5)}, ValueError, "f_init has shape"),
     ],

@@ -126,7 +126,7 @@ def test_opcheck(kind, backend):
     mass = torch.full((2,), 0.5, dtype=torch.float64, requires_grad=True) if kind == "mass" else None
     taus = (1.0, 1.0) if kind == "mass" else (1.0, 0.5)
     mask = random_mask(2, 4)
-    args = (x, y, a, b, epsilon, *taus, mass, mask, None, 50, 1e-6, None, None, None, "sqeuclidean", backend)
+    args = (x, y, a, b, epsilon, *taus, mass, mask, None, 50, 1e-6, None, None, None, "sqeuclidean", "float32", backend)
     torch.library.opcheck(_sinkhorn_points_op, args)
     f, g = torch.randn_like(a), torch.randn_like(b)
     values, grad = torch.randn(2, 6, 3, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
