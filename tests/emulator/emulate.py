@@ -57,10 +57,10 @@ def tool(name: str) -> str:
     return found
 
 
-def build(name: str, *options: str, target: str = "all") -> Path:
-    """Configure and build one variant: its folder."""
+def build(name: str, *options: str, target: str = "all", kernels: Path = ROOT / "csrc" / "cuda") -> Path:
+    """Configure and build one variant: its folder. kernels: the folder of the .cu files."""
     folder = BUILD / name
-    arguments = ["-DEMULATOR=ON", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", *CPU, *options]
+    arguments = ["-DEMULATOR=ON", f"-DCUDA_KERNELS={kernels}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", *CPU, *options]
     for command in (
         [tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *arguments],
         [tool("cmake"), "--build", str(folder), "--target", target],
@@ -129,8 +129,8 @@ def find_mutations(seed: int) -> None:
         for name in mutation.found_by:
             if found:
                 break
-            options = [*SANITIZERS[name], f"-DCUDA_KERNELS={kernels}"]
-            folder = build(f"mutated-{name}", *options, target=mutation.program)
+            # In the folder of the sound kernels, whose CPU objects are there already.
+            folder = build(name, *SANITIZERS[name], target=mutation.program, kernels=kernels)
             for device in mutation.devices:
                 run = execute(folder / mutation.program, device, seed)
                 if run.status != 0:
