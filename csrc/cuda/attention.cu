@@ -56,8 +56,8 @@ __device__ void fill_nan(const Head& head, const Problem& problem, const TokenCo
 }
 
 // With e_ij = exp2(k (f_i / tau + g_j - C_ij)) b_j, whose row sums are near 1 at a fixed point, P = e / sum e. One exponential an
-// entry: e takes the place of K. The undamped f_i / tau is found
-// again if the iterations have stopped far from the fixed point, and with an exact mass.
+// entry: e takes the place of K. The undamped f_i / tau is found again if the iterations have stopped far from the fixed point, and
+// with an exact mass.
 template <class Solver> __device__ void fuse(Solver& solver, const Head& head, float residual) {
   Problem& problem = solver.problem;
   Peers& peers = solver.peers;
