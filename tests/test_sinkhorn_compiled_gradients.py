@@ -98,9 +98,12 @@ def test_float32_at_given_potentials(kind, epsilon):
         options = (*result.tau, kind == "mass", None, None)
         narrow = _implicit_backward_op(*inputs, *options)
         wide = formulas(*(value.double() for value in inputs), *options)
-        for one, other in zip(narrow, wide, strict=True):
+        # The gradients are sums of two terms, which cancel where a plan nearly falls apart into blocks: the terms are
+        # then as large as the inverse of what the blocks exchange, and their rounding stays.
+        terms = max((grad * weight).abs().max() / epsilon for grad, weight in zip(wide[1:3], (a, b), strict=True))
+        for index, (one, other) in enumerate(zip(narrow, wide, strict=True)):
             gap = (one.double() - other).abs().max() / (1 + other.abs().max())
-            assert gap < 2e-6 / epsilon, (shape, gap)
+            assert gap < 2e-6 / epsilon + 2**-22 * terms, (shape, index, gap)
 
 
 @pytest.mark.parametrize("epsilon", [0.05, 0.005])

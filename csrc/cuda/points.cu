@@ -174,7 +174,7 @@ template <Precision P, bool ONE> struct Iteration {
   }
 
   // Parts of the log-sums of one tile of rows over one split of columns; the last part leads to the potentials.
-  __device__ void work_on(int turn, int other_turn, int64_t item, bool safe, int iteration) const {
+  __device__ void work_on(int turn, int other_turn, int64_t item, bool safe, bool repeated, int iteration) const {
     const Cloud &own = work.sides[turn], &other = work.sides[other_turn];
     const int64_t tiles = own.padded / TILE_ROWS, p = item / (tiles * own.splits), tile = item / own.splits % tiles;
     const int64_t split = item % own.splits, col_tiles = (other.count + TILE_COLS - 1) / TILE_COLS;
@@ -197,12 +197,14 @@ template <Precision P, bool ONE> struct Iteration {
     __syncthreads();
     const bool complete = before[0] % unsigned(own.splits) == unsigned(own.splits) - 1;
     const int64_t i = row + threadIdx.x;
-    if (complete && i < own.count) update(own, p, i, safe, iteration);
+    if (complete && i < own.count) update(own, p, i, safe, repeated, iteration);
   }
 
-  // Potential and offset of row i of problem p from its parts. A sum far from its top asks for a repetition.
-  __device__ void update(const Cloud& own, int64_t p, int64_t i, bool safe, int iteration) const {
-    if (own.mask && !own.mask[p * own.count + i]) return;
+  // Potential and offset of row i of problem p from its parts. A sum far from its top asks for a repetition, in which rows that
+  // have their potential keep it: NaN as top marks those that wait.
+  __device__ void update(const Cloud& own, int64_t p, int64_t i, bool safe, bool repeated, int iteration) const {
+    const int64_t at = p * own.padded + i;
+    if ((own.mask && !own.mask[p * own.count + i]) || (repeated && own.last[at] == own.last[at])) return;
     LogSum total;
     float sum = 0, top = 0;
     for (int split = 0; split < own.splits; ++split) {
@@ -213,9 +215,9 @@ template <Precision P, bool ONE> struct Iteration {
     const float away = safe ? 0.0f : log2_approx(sum), log_sum = safe ? total.value() : top + away;
     if (!safe && !(fabsf(away) <= FAR)) {
       atomicMax(work.redo + p, stamp);
+      own.last[at] = NAN;
       return;
     }
-    const int64_t at = p * own.padded + i;
     const float k = work.scale(p), before = own.potential[at], image = -own.tau * (log_sum - own.norm[at]) / k;
     const float potential = work.mode == Mode::self ? (before + image) / 2 : image;
     const float change = fabsf(image - before) * k * LN2;
@@ -232,7 +234,7 @@ template <Precision P, bool ONE> struct Iteration {
       const auto takes_part = [&](int64_t p) { return runs(p, iteration) && (attempt == 0 || work.redo[p] == repeated); };
       const int64_t tiles = own.padded / TILE_ROWS * own.splits;
       for (int64_t item = blockIdx.x; item < work.problems * tiles; item += gridDim.x)
-        if (takes_part(item / tiles)) work_on(turn, other_turn, item, safe || attempt > 0, iteration);
+        if (takes_part(item / tiles)) work_on(turn, other_turn, item, safe || attempt > 0, attempt > 0, iteration);
       peers.sync();
       if (safe || attempt > 0 || !any([&](int64_t p) { return work.redo[p] == stamp; })) return;
     }

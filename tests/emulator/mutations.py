@@ -147,6 +147,14 @@ MUTATIONS = (
         "test_points",
     ),
     Mutation(
+        "a repetition that averages the rows again that have been",
+        "points.cu",
+        " || (repeated && own.last[at] == own.last[at])) return;",
+        ") return;",
+        ("plain",),
+        "test_points",
+    ),
+    Mutation(
         "features that are overwritten while others multiply them",
         "matrix_tile.cuh",
         "squared);\n      }\n      __syncthreads();",

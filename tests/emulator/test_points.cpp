@@ -100,8 +100,9 @@ void solve(const Case& c, Random& random) {
   for (size_t p = 0; p < in.residual.size() && c.tol > 0; ++p) check(in.residual[p] < c.tol && in.n_iters[p] < c.max_iters, name + ": converged", in.residual[p]);
 }
 
-void self(const Case& c, Random& random) {
+void self(const Case& c, Random& random, float last_weight = 1) {
   Clouds<float> in = draw(c, random);
+  in.a[size_t(c.rows - 1)] *= last_weight;
   Clouds<double> exact = in_double(in);
   PointsTask<double> want = exact.task(c);
   want.y = want.b = nullptr, want.col_mask = nullptr, want.f_init = want.g_init = nullptr, want.g = nullptr, want.cols = c.rows;
@@ -185,6 +186,7 @@ int main(int argc, char** argv) {
   solve({1, odd(3, 40), odd(3, 40), odd(3, 20), 0.05, 1, 0.9, true, false, true, true, P::float32}, random);
   solve({2, odd(9, 40), odd(9, 40), odd(3, 20), 0.2, 0.9, 0.9, true, false, false, false, P::float32, 1e-3, 200}, random);
   self({2, odd(3, 140), 1, odd(3, 40), 0.1, 0.9, 0.9, true, true, false, false, P::float32}, random);
+  self({2, odd(9, 20), 1, 9, 0.002, 1, 1, true, false, false, false, P::float32, 0, 3}, random, 1e-36f);  // one moves far
   self({1, odd(3, 40), 1, odd(3, 40), 0.05, 1, 1, false, false, false, false, P::bf16}, random);
   product({2, odd(3, 90), odd(3, 90), odd(3, 40), 0.5, 1, 1, true, false, false, false, P::float32}, odd(1, 140), 0, random);
   product({1, odd(3, 40), odd(60, 90), odd(3, 40), 0.5, 1, 1, false, false, false, false, P::float32}, odd(1, 8), odd(1, 20), random);
