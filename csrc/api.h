@@ -44,8 +44,10 @@ template <class T> struct CostTask {
 // Gradient of the token cost; cost.cost is the result of the forward pass.
 template <class T> struct CostGradientTask {
   CostTask<T> cost;
-  const T* grad;                // [B, H, N, M]
-  T *text, *video, *attention;  // results, of the shapes of the inputs
+  const T* grad;      // [B, H, N, M]
+  T* attention;       // results, of the shapes of the inputs
+  T *text, *video;    // CPU only
+  T* cosine;          // [B, N, M], CUDA only: gradient with respect to cosine(text_i, video_j); two products from the features'
 };
 
 // Token cost with the solve and the fusion behind it, one head after the other in scratch memory.
@@ -124,7 +126,8 @@ template <class T> struct Solved {
 // The plan exp((f + g - cost) / epsilon) a b.
 template <class T> struct PlanTask {
   Solved<T> problem;
-  T* plan;  // [P, N, M]
+  bool logarithm;  // -inf where there is nothing
+  T* plan;         // [P, N, M]: result, or its logarithm
 };
 
 // Its sums over columns [P, N] and rows [P, M], and sum(plan * cost) [P].
@@ -208,6 +211,8 @@ size_t cuda_sinkhorn_workspace(const SinkhornTask<float>&, const CudaCall&);  //
 const char* cuda_sinkhorn(const SinkhornTask<float>&, const CudaCall&);
 size_t cuda_token_cost_workspace(const CostTask<float>&, const CudaCall&);
 const char* cuda_token_cost(const CostTask<float>&, const CudaCall&);
+size_t cuda_token_cost_gradient_workspace(const CostGradientTask<float>&, const CudaCall&);
+const char* cuda_token_cost_gradient(const CostGradientTask<float>&, const CudaCall&);
 size_t cuda_transport_attention_workspace(const AttentionTask<float>&, const CudaCall&);
 const char* cuda_transport_attention(const AttentionTask<float>&, const CudaCall&);
 const char* cuda_fusion_gradient(const FusionGradientTask<float>&, const CudaCall&);

@@ -76,6 +76,8 @@ void bind_launcher(py::module_& m, const char* name, const char* who, const char
 void bind_cuda(py::module_& m) {
   bind_launcher<py::tuple>(m, "cuda_sinkhorn", "sinkhorn", pk::cuda_sinkhorn, pk::cuda_sinkhorn_workspace);
   bind_launcher<py::dict>(m, "cuda_token_cost", "token_cost", pk::cuda_token_cost, pk::cuda_token_cost_workspace);
+  bind_launcher<py::dict>(m, "cuda_token_cost_gradient", "token_cost", pk::cuda_token_cost_gradient,
+                          pk::cuda_token_cost_gradient_workspace);
   bind_launcher<py::dict>(m, "cuda_transport_attention", "transport_attention", pk::cuda_transport_attention,
                           pk::cuda_transport_attention_workspace);
   bind_launcher<py::dict>(m, "cuda_fusion_gradient", "transport_attention", pk::cuda_fusion_gradient);

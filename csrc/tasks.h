@@ -56,6 +56,7 @@ template <class T> void read(const Named& from, pk::CostTask<T>& task) {
 template <class T> void read(const Named& from, pk::CostGradientTask<T>& task) {
   read(from, task.cost);
   from.read("grad", task.grad, "grad_text", task.text, "grad_video", task.video, "grad_attention", task.attention);
+  from.read("grad_cosine", task.cosine);
 }
 template <class T> void read(const Named& from, pk::AttentionTask<T>& task) {
   read(from, task.cost);
@@ -74,7 +75,7 @@ template <class T> void read(const Named& from, pk::Solved<T>& problem) {
 }
 template <class T> void read(const Named& from, pk::PlanTask<T>& task) {
   read(from, task.problem);
-  from.read("plan", task.plan);
+  from.read("logarithm", task.logarithm, "plan", task.plan);
 }
 template <class T> void read(const Named& from, pk::PlanSumsTask<T>& task) {
   read(from, task.problem);

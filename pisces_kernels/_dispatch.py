@@ -19,6 +19,7 @@ ON_CUDA = frozenset(
         "plan_sums",
         "plan_backward",
         "token_cost",
+        "token_cost_gradient",
         "transport_attention",
         "fusion_gradient",
         "points_solve",

@@ -129,9 +129,10 @@ def _plan_op(
     epsilon: Tensor,
     row_mask: Tensor | None,
     col_mask: Tensor | None,
+    logarithm: bool,
 ) -> Tensor:
-    """The plan exp((f + g - cost) / epsilon) a b, 0 where masked. [P, N, M]"""
-    return compiled.plan(cost, f, g, a, b, epsilon, row_mask, col_mask)
+    """The plan exp((f + g - cost) / epsilon) a b, 0 where masked, or its logarithm. [P, N, M]"""
+    return compiled.plan(cost, f, g, a, b, epsilon, row_mask, col_mask, logarithm=logarithm)
 
 
 @_plan_op.register_fake
@@ -164,9 +165,46 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
+def _plan_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.logarithm = inputs
+    ctx.save_for_backward(*tensors)
+
+
 @without_autocast
 def _plan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*plan_gradients(grad, None, None, None, *ctx.saved_tensors), None, None)
+    by_inputs = _log_gradients if ctx.logarithm else _plan_gradients
+    return (*by_inputs(grad, *ctx.saved_tensors), None, None, None)
+
+
+def _plan_gradients(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return plan_gradients(grad, None, None, None, *inputs)
+
+
+def _log_gradients(
+    grad: Tensor,
+    cost: Tensor,
+    f: Tensor,
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: Tensor,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The same for the logarithm of the plan, whose entries without weight are constants."""
+    cost, keep = clean(cost, row_mask, col_mask)
+    grad = torch.where(keep & (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2), grad, 0.0)
+    eps = epsilon.to(cost.dtype).unsqueeze(-1)  # [P, 1]
+    by_rows, by_cols = grad.sum(-1), grad.sum(-2)
+    by_exponent = (grad * exponent(cost, f, g, a, b, epsilon)).sum((-2, -1))
+    return (
+        -grad / eps.unsqueeze(-1),
+        by_rows / eps,
+        by_cols / eps,
+        torch.where(a > 0, by_rows / torch.where(a > 0, a, 1.0), 0.0),
+        torch.where(b > 0, by_cols / torch.where(b > 0, b, 1.0), 0.0),
+        (-by_exponent / eps.squeeze(-1)).to(epsilon.dtype),
+    )
 
 
 @without_autocast
@@ -176,5 +214,5 @@ def _sums_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 fold_into_problems(_plan_op)
 fold_into_problems(_sums_op)
-plan = differentiable(_plan_op, _plan_backward, _setup_context)
+plan = differentiable(_plan_op, _plan_backward, _plan_setup_context)
 plan_sums = differentiable(_sums_op, _sums_backward, _setup_context)

@@ -97,6 +97,8 @@ class SinkhornResult(Solution):
         Returns:
             [..., N, M].
         """
+        if _dispatch.compiled("plan", self._backend):
+            return _plan.plan(*self._flat(), True).reshape(self.cost.shape)
         cost, keep = self._clean_cost()
         logs = reference.log_weights(self.a).unsqueeze(-1) + reference.log_weights(self.b).unsqueeze(-2)
         exponent = _plan.exponent(cost, self.f, self.g, self.a, self.b, self.epsilon)
@@ -109,7 +111,7 @@ class SinkhornResult(Solution):
             [..., N, M].
         """
         if _dispatch.compiled("plan", self._backend):
-            return _plan.plan(*self._flat()).reshape(self.cost.shape)
+            return _plan.plan(*self._flat(), False).reshape(self.cost.shape)
         cost, keep = self._clean_cost()
         density = _plan.exponent(cost, self.f, self.g, self.a, self.b, self.epsilon).exp()
         return torch.where(keep, density * self.a.unsqueeze(-1) * self.b.unsqueeze(-2), 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -191,6 +191,28 @@ def _unit_backward(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     return (grad - unit * (grad * unit).sum(-1, keepdim=True)) / norm
 
 
+class _Units(NamedTuple):
+    """Features of length 1, 0 where masked; their lengths before; which exist ([B, K, 1] or None)."""
+
+    unit: Tensor
+    norm: Tensor
+    exists: Tensor | None
+
+
+def _units(features: Tensor, mask: Tensor | None) -> _Units:
+    exists = None if mask is None else mask.unsqueeze(-1)
+    return _Units(*_unit(features if exists is None else torch.where(exists, features, 0.0)), exists)
+
+
+def _by_features(to_cosine: Tensor, text: _Units, video: _Units) -> tuple[Tensor, Tensor]:
+    """Gradients of text and video from those of their cosines [B, N, M]."""
+    found = []
+    for grad, own, other in ((to_cosine, text, video), (to_cosine.transpose(-1, -2), video, text)):
+        by_own = _unit_backward(grad @ other.unit, own.unit, own.norm)
+        found.append(by_own if own.exists is None else torch.where(own.exists, by_own, 0.0))
+    return found[0], found[1]
+
+
 def _inverse_distance(away_y: Tensor, away_x: Tensor) -> Tensor:
     """1 / ||away||, and 0 where that is 0: there the subgradient 0 is taken, for the second derivative too."""
     squared = away_y**2 + away_x**2
@@ -249,8 +271,7 @@ def gradients(
     if row_mask is not None or col_mask is not None:
         keep = (rows.unsqueeze(-1) & cols.unsqueeze(-2)).unsqueeze(1)
         grad, attention = torch.where(keep, grad, 0.0), torch.where(keep, attention, 0.0)
-    y, y_norm = _unit(torch.where(rows.unsqueeze(-1), text, 0.0))
-    x, x_norm = _unit(torch.where(cols.unsqueeze(-1), video, 0.0))
+    y, x = _units(text, row_mask), _units(video, col_mask)
     places = torch.cat([frame_index.unsqueeze(-1), positions], -1)
     places = torch.where(cols.unsqueeze(-1), places, 0.0)  # [B, M, 3]
     total = attention.sum(-1, keepdim=True)  # [B, H, N, 1]
@@ -267,7 +288,7 @@ def gradients(
             at_low, at_high = keep & at_low, keep & at_high
             least, most = torch.where(keep, cost, torch.inf), torch.where(keep, cost, -torch.inf)
         low, high = (
-            _raw_at(index, y, x, means, places, time_weight, place_weight)[..., None, None]
+            _raw_at(index, y.unit, x.unit, means, places, time_weight, place_weight)[..., None, None]
             for index in (least.flatten(-2).argmin(-1), most.flatten(-2).argmax(-1))
         )
         del least, most
@@ -280,9 +301,7 @@ def gradients(
         n_low, n_high = (at.sum((-2, -1), keepdim=True, dtype=torch.int32).clamp_min(1) for at in (at_low, at_high))
         grad = grad / divisor + at_low * (to_low / n_low) + at_high * (to_divisor / n_high)
 
-    to_semantic = -grad.sum(1)  # [B, N, M], summed over the heads
-    grad_text = torch.where(rows.unsqueeze(-1), _unit_backward(to_semantic @ x, y, y_norm), 0.0)
-    grad_video = torch.where(cols.unsqueeze(-1), _unit_backward(to_semantic.transpose(-1, -2) @ y, x, x_norm), 0.0)
+    grad_text, grad_video = _by_features(-grad.sum(1), y, x)  # the heads share their cosines
 
     t, s_y, s_x = places[:, None, None].unbind(-1)  # [B, 1, 1, M]
     mean_t, mean_y, mean_x = (mean.unsqueeze(-1) for mean in means.unbind(-1))  # [B, H, N, 1]
@@ -317,9 +336,13 @@ def _backward_op(
     """`gradients` on one back end."""
     inputs = (grad, text, video, attention, frame_index, positions, row_mask, col_mask, cost, gamma, eta, normalize)
     if _dispatch.compiled("token_cost_gradient", backend):
-        from ._compiled.cost import token_cost_gradient
+        from ._compiled.cost import cosine_gradient, token_cost_gradient
 
-        return token_cost_gradient(*inputs)
+        if backend == "cpu":
+            return token_cost_gradient(*inputs)
+        to_cosine, by_attention = cosine_gradient(*inputs)
+        with full_precision(grad.device):
+            return *_by_features(to_cosine, _units(text, row_mask), _units(video, col_mask)), by_attention
     with full_precision(grad.device):
         return gradients(*inputs)
 

@@ -66,7 +66,8 @@ def test_exact_mass_and_its_gradient(device, place, monkeypatch):
         result.plan().square().sum().backward()
         assert leaf.grad is not None
         torch.testing.assert_close(result.plan().sum((-2, -1)).cpu().float(), mass, atol=1e-5, rtol=0)
-        results.append([value.detach().cpu().double() for value in (result.f, result.g, leaf.grad)])
+        values = (result.f, result.g, leaf.grad, result.log_plan())
+        results.append([value.detach().cpu().double() for value in values])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-3)
 

@@ -42,14 +42,16 @@ def everything(leaves, options, weights):
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     result = sinkhorn(**leaves, **options)
     rows, cols = result.marginals()
+    log_plan = result.log_plan()
     scalars = {
         "potentials": (result.f * weights[0]).sum() + (result.g * weights[1]).sum(),
         "plan": (result.plan() * weights[2]).sum(),
+        "log_plan": (log_plan * weights[2])[log_plan > -torch.inf].sum(),
         "value": result.value.sum(),
         "transport_cost": result.transport_cost.sum(),
         "marginals": (rows * weights[0]).sum() + (cols * weights[1]).sum(),
     }
-    found = {"the plan": result.plan(), "f": result.f, **scalars}
+    found = {"the plan": result.plan(), "its logarithm": log_plan.nan_to_num(neginf=-1e3), "f": result.f, **scalars}
     for name, scalar in scalars.items():
         gradients = torch.autograd.grad(scalar, list(leaves.values()), retain_graph=True)
         found |= {f"{name} by {leaf}": value for leaf, value in zip(leaves, gradients, strict=True)}
@@ -240,7 +242,8 @@ def test_operators_pass_opcheck():
     a, b, eps = random_weights(2, 4), random_weights(2, 6), torch.full((2,), 0.3, dtype=torch.float64)
     solved = [t.requires_grad_() for t in (cost, f, g, a, b, eps)]
     masks = (random_mask(2, 4), None)
-    torch.library.opcheck(_plan._plan_op, (*solved, *masks))
+    for logarithm in (False, True):
+        torch.library.opcheck(_plan._plan_op, (*solved, *masks, logarithm))
     torch.library.opcheck(_plan._sums_op, (*solved, *masks))
     torch.library.opcheck(
         _plan._backward_op, (torch.randn(2, 4, 6, dtype=torch.float64), None, None, None, *solved, *masks)

@@ -47,6 +47,27 @@ template <class T> size_t plan_scratch(const Solved<T>& problem) {
   return count.used;
 }
 
+// (f + g - C) / epsilon + log a + log b, -inf where masked or without weight.
+template <class T> void log_plan(PlanWork<T>& work, T* plan, int64_t entries, Team* team) {
+  Density<T, T>& d = work.problem;
+  T* log_b = work.from_sums;
+  for (int64_t j = 0; j < d.padded; ++j) log_b[j] = T(__builtin_log(double(d.b[j])));
+  if (d.n * d.m < entries)
+    for (int64_t k = 0; k < entries; ++k) plan[k] = -T(__builtin_inf());
+  work.in_chunks(team, [&](PlanRows<T>& rows, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) {
+      d.read_cost(i, rows.cost);
+      const T log_a = T(__builtin_log(double(d.a[i])));
+      for (int64_t j = 0; j < d.m; ++j) {
+        const T x = (d.f[i] + d.g[j] - rows.cost[j]) * d.inv_eps;
+        rows.other[j] = x + x * d.correction + (log_a + log_b[j]);
+      }
+      d.write(plan, i, rows.other);
+    }
+    return 0.0;
+  });
+}
+
 template <class T> void plan_one(const PlanTask<T>& task, int64_t p, char* memory, Team* team) {
   const int64_t N = task.problem.rows, M = task.problem.cols;
   Arena arena{memory};
@@ -55,6 +76,10 @@ template <class T> void plan_one(const PlanTask<T>& task, int64_t p, char* memor
   Density<T, T>& d = work.problem;
   d.begin(task.problem, p);
   T* plan = task.plan + p * N * M;
+  if (task.logarithm) {
+    log_plan(work, plan, N * M, team);
+    return;
+  }
   clear_unless_whole(plan, N, M, d.n, d.m);
   work.in_chunks(team, [&](PlanRows<T>& rows, int64_t first, int64_t end) {
     for (int64_t i = first; i < end; ++i) {

@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(ROWS > 0 ? ONE_PASS_THREADS : ROWS == 0 ? ATTE
     cost.find_means(head.attention, storage, problem.first, end, solver.peers);
     solver.begin(in);
     Range range = solver.see_cost();
-    cost.low = range.low, cost.inverse = 1.0f / max(range.high - range.low, 1e-6f);
+    cost.low = range.low, cost.inverse = 1.0f / max(range.high - range.low, RANGE_FLOOR);
     range.high = (range.high - range.low) * cost.inverse, range.low = 0;
     const Outcome outcome = solver.solve(in, range);
     if (outcome.residual == outcome.residual) fuse(solver, head, outcome.residual);

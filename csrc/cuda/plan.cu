@@ -13,12 +13,19 @@ constexpr int COLS = 128, ROWS = 32, WARPS = COLS / WARP;  // of a tile; a threa
 
 Tiling tiling_of(const Solved<float>& problem) { return {problem.problems, problem.rows, problem.cols, ROWS, COLS}; }
 
-__global__ void __launch_bounds__(COLS) plan_kernel(PlanTask<float> task, Storage storage, Tiling tiling) {
+template <bool LOG> __global__ void __launch_bounds__(COLS) plan_kernel(PlanTask<float> task, Storage storage, Tiling tiling) {
   const int64_t tile = blockIdx.x, first = tiling.row_tile(tile) * ROWS;
   const SolvedColumn column(task.problem, storage, tiling.problem(tile), tiling.col_tile(tile) * COLS + threadIdx.x);
   if (column.j >= task.problem.cols) return;
-  for (int64_t i = first; i < first + ROWS && i < task.problem.rows; ++i)
-    task.plan[column.at(i)] = column.row_exists(i) ? column.row_weight(i) * column.entry(i).density * column.b : 0.0f;
+  for (int64_t i = first; i < first + ROWS && i < task.problem.rows; ++i) {
+    float result = LOG ? -INFINITY : 0.0f;
+    if (column.row_exists(i)) {
+      const float a = column.row_weight(i);
+      if (!LOG) result = a * column.entry(i).density * column.b;
+      else if (a > 0 && column.b > 0) result = fmaf(log2_approx(a) + log2_approx(column.b), LN2, column.entry(i).x);
+    }
+    task.plan[column.at(i)] = result;
+  }
 }
 
 // Parts of the sums: by rows [P, col_tiles, N], by columns [P, row_tiles, M], of everything [P, row_tiles, col_tiles].
@@ -183,7 +190,7 @@ const char* cuda_plan(const PlanTask<float>& task, const CudaCall& call) {
   return on_device(call.device, [&] {
     const Tiling tiling = tiling_of(task.problem);
     const Launch where{dim3(unsigned(tiling.count())), dim3(COLS), 0, call.stream};
-    return launch(plan_kernel, where, task, call.storage, tiling);
+    return launch(task.logarithm ? plan_kernel<true> : plan_kernel<false>, where, task, call.storage, tiling);
   });
 }
 

@@ -10,6 +10,8 @@ cudaError_t similarity(const CostTask<float>& task, const CudaCall& call, float*
 
 namespace device {
 
+constexpr float RANGE_FLOOR = 1e-6f;  // of what costs and sums of attention are divided by
+
 // A Cost (log_domain.cuh) of (raw - low) inverse. Rows are those that are selected.
 struct TokenCost {
   const float* semantic;   // [N, M], 1 - cosine of all rows of the sample
@@ -21,21 +23,25 @@ struct TokenCost {
   int n, m;
   float time_weight, place_weight, low, inverse;
 
+  struct Place {  // of a column
+    float frame, y, x;
+  };
   struct Column {
     const TokenCost& cost;
     const float* semantic;
-    float frame, y, x;
+    Place place;
     __device__ float at(int i) const {
-      const float4 mean = cost.means[i];
-      const float dy = mean.y - y, dx = mean.z - x;
-      // Every product is inside of an fma: all who compute an entry get the same bits.
-      const float place = sqrt_approx(fmaf(dy, dy, fmaf(dx, dx, 0.0f)));
-      const float away = fmaf(cost.time_weight, fabsf(mean.x - frame), __ldg(semantic + cost.rows[i] * cost.m));
-      return (fmaf(cost.place_weight, place, away) - cost.low) * cost.inverse;
+      return (cost.raw(i, place, __ldg(semantic + cost.rows[i] * cost.m)) - cost.low) * cost.inverse;
     }
   };
-  __device__ Column column(int j) const {
-    return {*this, semantic + j, __ldg(frame + j), __ldg(positions + 2 * j), __ldg(positions + 2 * j + 1)};
+  __device__ Place place(int j) const { return {__ldg(frame + j), __ldg(positions + 2 * j), __ldg(positions + 2 * j + 1)}; }
+  __device__ Column column(int j) const { return {*this, semantic + j, place(j)}; }
+  // semantic: 1 - cosine of the entry. Every product is inside of an fma: all who compute an entry get the same bits.
+  __device__ float raw(int i, const Place& place, float semantic) const {
+    const float4 mean = means[i];
+    const float dy = mean.y - place.y, dx = mean.z - place.x;
+    const float distance = sqrt_approx(fmaf(dy, dy, fmaf(dx, dx, 0.0f)));
+    return fmaf(place_weight, distance, fmaf(time_weight, fabsf(mean.x - place.frame), semantic));
   }
   __device__ bool col_exists(int j) const { return col_mask == nullptr || col_mask[j]; }
 
@@ -49,10 +55,10 @@ struct TokenCost {
     TokenCost().carve(fast, all_rows);
     return fast.used;
   }
-  // A head of sample b; the scaling is left open. All threads.
+  // A head of sample b; the scaling is left open. Without similarities there are no columns. All threads.
   __device__ void begin(const CostTask<float>& task, const float* similarities, int64_t b) {
     const int64_t N = task.rows, M = task.cols;
-    m = int(M), semantic = similarities + b * N * M, frame = task.frame + b * M, positions = task.positions + 2 * b * M;
+    m = int(M), semantic = similarities ? similarities + b * N * M : nullptr, frame = task.frame + b * M, positions = task.positions + 2 * b * M;
     col_mask = task.col_mask ? task.col_mask + b * M : nullptr;
     place_weight = task.place_weight, low = 0, inverse = 1;
     __syncthreads();  // the last head has been read
@@ -106,11 +112,41 @@ struct TokenCost {
         const float4 part = reinterpret_cast<const float4*>(peers.slot_of(other))[i];
         sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
       }
-      const float scale = 1.0f / max(sum.w, 1e-6f);
+      const float scale = 1.0f / max(sum.w, RANGE_FLOOR);
       means[i] = make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w);
     }
     peers.flip();
     __syncthreads();
+  }
+};
+
+constexpr int HEAD_THREADS = 256;
+
+// The blocks that work on one head, each on a part of the columns.
+struct HeadTeam {
+  unsigned count;
+  int cols_block;
+  size_t shared_bytes;
+
+  __host__ __device__ static int slots_of(int64_t rows) { return slot_floats(int(round_to(rows, 2 * QUAD))); }
+  // After what takes the first `own` bytes of shared memory.
+  const char* plan(const CostTask<float>& task, const Limits& limits, size_t own) {
+    constexpr int ENOUGH = 512;  // columns of a block
+    count = 1;
+    while (limits.compute_major >= 9 && count < 8 && task.cols >= int64_t(count) * 2 * ENOUGH) count *= 2;
+    cols_block = int((task.cols + count - 1) / count);
+    shared_bytes = own + 2 * size_t(slots_of(task.rows)) * sizeof(float);
+    if (shared_bytes + 1024 > size_t(limits.shared_block)) return "too many rows for shared memory; use backend='reference'";
+    if (task.samples * task.heads * count > 0x7fffffff || task.rows * task.cols > 0x7fffffff / 8)
+      return "more than 2^28 entries a head, or 2^31 heads";
+    return nullptr;
+  }
+  __device__ Peers peers(Carver& fast, int64_t rows) const {
+    Peers peers{};
+    peers.meeting = count > 1 ? Meeting::cluster : Meeting::block, peers.count = count;
+    peers.rank = blockIdx.x % count, peers.slot_floats = slots_of(rows);
+    peers.slots = fast.floats(2 * peers.slot_floats);
+    return peers;
   }
 };
 

@@ -81,9 +81,34 @@ def token_cost_gradient(
     inputs.update(grad=grad.contiguous(), cost=cost.contiguous())
     task = _cost_task(inputs, attention.shape, text.shape[-1], gamma, eta, normalize)
     results = tuple(t.new_empty(t.shape) for t in (text, video, attention))
-    task.update(zip(("grad_text", "grad_video", "grad_attention"), map(address, results), strict=True))
+    task.update(zip(("grad_text", "grad_video", "grad_attention"), map(address, results), strict=True), grad_cosine=0)
     run("token_cost_gradient", task, cost)
     return results[0], results[1], results[2]
+
+
+def cosine_gradient(
+    grad: Tensor,
+    text: Tensor,
+    video: Tensor,
+    attention: Tensor,
+    frame_index: Tensor,
+    positions: Tensor,
+    row_mask: Tensor | None,
+    col_mask: Tensor | None,
+    cost: Tensor,
+    gamma: float,
+    eta: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """What CUDA has of `token_cost_gradient`: the gradients of the cosines [B, N, M] and of the attention."""
+    inputs = _cost_inputs(text, video, attention, frame_index, positions, row_mask, col_mask)
+    inputs.update(grad=grad.contiguous(), cost=cost.contiguous())
+    task = _cost_task(inputs, attention.shape, text.shape[-1], gamma, eta, normalize)
+    to_cosine = cost.new_empty(cost.shape[0], *cost.shape[2:])
+    to_attention = attention.new_empty(attention.shape)
+    task.update(grad_cosine=to_cosine.data_ptr(), grad_attention=to_attention.data_ptr(), grad_text=0, grad_video=0)
+    run("token_cost_gradient", task, cost)
+    return to_cosine, to_attention
 
 
 def transport_attention(

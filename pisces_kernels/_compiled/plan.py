@@ -48,10 +48,10 @@ def empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def plan(cost: Tensor, *others: Tensor | None) -> Tensor:
-    """exp((f + g - cost) / epsilon) a b. [P, N, M]"""
+def plan(cost: Tensor, *others: Tensor | None, logarithm: bool) -> Tensor:
+    """exp((f + g - cost) / epsilon) a b, or its logarithm. [P, N, M]"""
     result = empty_like(cost)
-    run("plan", {**solved(cost, *others), "plan": result})
+    run("plan", {**solved(cost, *others), "plan": result}, logarithm=logarithm)
     return result
 
 

@@ -112,6 +112,7 @@ inline float __uint_as_float(unsigned x) {
   memcpy(&y, &x, sizeof y);
   return y;
 }
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline int __float_as_int(float x) {
   int y;
   memcpy(&y, &x, sizeof y);

@@ -155,6 +155,15 @@ MUTATIONS = (
         "test_points",
     ),
     Mutation(
+        "sums of a head that are read before all of its blocks have written theirs",
+        "token_cost_gradient.cu",
+        "    peers.sync();\n    sums = *",
+        "    sums = *",
+        ("plain", "thread"),
+        "test_attention",
+        ("sm_90",),
+    ),
+    Mutation(
         "features that are overwritten while others multiply them",
         "matrix_tile.cuh",
         "squared);\n      }\n      __syncthreads();",

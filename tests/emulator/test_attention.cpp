@@ -72,15 +72,20 @@ std::string name_of(const Case& c) {
   return name.str();
 }
 
+void poison(const Case& c, Inputs& in) {  // what is masked may hold anything
+  if (!c.masks) return;
+  for (size_t i = 0; i < in.row_mask.size(); ++i)
+    for (int64_t d = 0; d < c.dim && !in.row_mask[i]; ++d) in.text[i * size_t(c.dim) + size_t(d)] = NAN;
+  for (size_t j = 0; j < in.col_mask.size(); ++j)
+    if (!in.col_mask[j]) in.frame[j] = NAN, in.positions[2 * j] = INFINITY;
+}
+
 void cost_alone(const Case& c, Random& random, bool normalize) {
   Inputs in = draw(c, random);
   Arrays<double> exact(c, in, c.masks);
   exact.task.normalize = normalize;
   cpu_token_cost(exact.task, 1);
-  for (size_t i = 0; i < in.row_mask.size() && c.masks; ++i)  // what is masked may hold anything
-    for (int64_t d = 0; d < c.dim && !in.row_mask[i]; ++d) in.text[i * size_t(c.dim) + size_t(d)] = NAN;
-  for (size_t j = 0; j < in.col_mask.size() && c.masks; ++j)
-    if (!in.col_mask[j]) in.frame[j] = NAN, in.positions[2 * j] = INFINITY;
+  poison(c, in);
   Arrays<float> arrays(c, in, c.masks);
   arrays.task.normalize = normalize;
   const Packed half(arrays.task, in, c.storage);
@@ -94,6 +99,63 @@ void cost_alone(const Case& c, Random& random, bool normalize) {
   int64_t tops = 0;
   for (float x : arrays.cost) tops += x == 1.0f;
   check(tops > 0 || c.rows * c.cols == 1, name_of(c) + ": the largest entry is exactly 1");
+}
+
+// Gradient of the features from that of the cosines: (grad - unit <grad, unit>) / norm with grad_i = sum_j to_cosine_ij unit_j.
+std::vector<double> by_features(const Case& c, const std::vector<float>& to_cosine, const std::vector<float>& own,
+                                const std::vector<float>& other, bool of_text) {
+  const int64_t N = of_text ? c.rows : c.cols, M = of_text ? c.cols : c.rows, D = c.dim;
+  const auto norm_of = [&](const std::vector<float>& features, int64_t row) {
+    double squared = 0;
+    for (int64_t d = 0; d < D; ++d) squared += double(features[size_t(row * D + d)]) * double(features[size_t(row * D + d)]);
+    return std::max(std::sqrt(squared), 1e-12);
+  };
+  std::vector<double> result(own.size());
+  for (int64_t row = 0; row < c.samples * N; ++row) {
+    std::vector<double> grad(size_t(D), 0.0);
+    for (int64_t j = 0; j < M; ++j) {
+      const int64_t other_row = row / N * M + j, i = row % N;
+      const double weight = double(to_cosine[size_t(row / N * N * M + (of_text ? i * M + j : j * N + i))]) / norm_of(other, other_row);
+      for (int64_t d = 0; d < D; ++d) grad[size_t(d)] += weight * double(other[size_t(other_row * D + d)]);
+    }
+    const double norm = norm_of(own, row);
+    double along = 0;
+    for (int64_t d = 0; d < D; ++d) along += grad[size_t(d)] * double(own[size_t(row * D + d)]) / norm;
+    for (int64_t d = 0; d < D; ++d)
+      result[size_t(row * D + d)] = (grad[size_t(d)] - along * double(own[size_t(row * D + d)]) / norm) / norm;
+  }
+  return result;
+}
+
+void cost_gradient(const Case& c, Random& random, bool normalize) {
+  Inputs in = draw(c, random);
+  Arrays<double> exact(c, in, c.masks);
+  exact.task.normalize = normalize;
+  cpu_token_cost(exact.task, 1);
+  const std::vector<float> grad = random.uniform<float>(int64_t(in.attention.size()), -1, 1);
+  const std::vector<double> wide = widened(grad);
+  std::vector<double> text(in.text.size()), video(in.video.size()), to_attention(in.attention.size());
+  cpu_token_cost_gradient(CostGradientTask<double>{exact.task, wide.data(), to_attention.data(), text.data(), video.data(), nullptr}, 1);
+  const Inputs sound = in;
+  poison(c, in);
+  Arrays<float> arrays(c, in, c.masks);
+  arrays.task.normalize = normalize, arrays.cost.assign(exact.cost.begin(), exact.cost.end());
+  const Packed half(arrays.task, in, c.storage);
+  std::vector<float> found(in.attention.size(), NAN), to_cosine(size_t(c.samples * c.rows * c.cols), NAN);
+  const CostGradientTask<float> task{arrays.task, grad.data(), found.data(), nullptr, nullptr, to_cosine.data()};
+  CudaCall call{c.storage, 0, 0, nullptr};
+  const Workspace workspace(cuda_token_cost_gradient_workspace(task, call));
+  call.workspace = workspace.get();
+  check(cuda_token_cost_gradient(task, call) == nullptr, name_of(c) + ": no message");
+  const auto compare = [&](const auto& got, const std::vector<double>& want, const char* what) {
+    double largest = 1;
+    for (double x : want) largest = std::max(largest, std::abs(x));
+    const double away = difference(got, want) / largest;
+    check(away < 2e-5, name_of(c) + ": gradient by " + what, away);
+  };
+  compare(found, to_attention, "attention");
+  compare(by_features(c, to_cosine, sound.text, sound.video, true), text, "text");
+  compare(by_features(c, to_cosine, sound.video, sound.text, false), video, "video");
 }
 
 void attention(const Case& c, Random& random, bool with_plan) {
@@ -173,11 +235,16 @@ int main(int argc, char** argv) {
   cost_alone({2, 2, odd(3, 20), odd(30, 90), odd(3, 40), 0, 0, true, S::float32}, random, true);
   cost_alone({1, 2, odd(60, 70), odd(30, 90), odd(3, 40), 0, 0, false, S::bfloat16}, random, false);
   cost_alone({1, 1, 3, odd(1030, 1060), 5, 0, 0, true, S::float16}, random, true);
+  cost_gradient({2, 3, odd(3, 20), odd(30, 90), odd(3, 40), 0, 0, true, S::float32}, random, true);
+  cost_gradient({1, 2, odd(60, 70), odd(30, 90), odd(3, 40), 0, 0, false, S::bfloat16}, random, false);
+  cost_gradient({1, 2, 3, odd(1030, 1060), 5, 0, 0, true, S::float16}, random, true);
+  cost_gradient({1, 1, 1, 1, 3, 0, 0, false, S::float32}, random, true);  // a range of 0
   attention({2, 2, odd(4, 20), odd(60, 150), odd(3, 40), 0.05, 0.9, true, S::float32}, random, true);
   attention({1, 1, odd(33, 40), odd(100, 300), odd(3, 40), 0.01, 0.9, true, S::float32}, random, true);
   attention({1, 1, odd(33, 40), odd(100, 200), odd(3, 40), 0.05, 0.9, false, S::bfloat16}, random, true);
   attention({1, 1, odd(41, 70), odd(60, 150), odd(3, 40), 0.02, 1, true, S::float16}, random, false);
   attention({1, 1, odd(4, 40), odd(60, 150), odd(3, 40), 0.002, 0.9, false, S::float32}, random, true);
+  attention({1, 1, odd(4, 40), odd(60, 150), odd(3, 40), 0.001, 0.9, false, S::float32}, random, true);
   attention({1, 2, odd(4, 40), odd(60, 150), odd(3, 40), 0.002, 0.5, false, S::float32, 1}, random, true);
   attention({1, 2, odd(4, 20), odd(60, 150), 8, 0.01, 0.9, true, S::float32, 20, 0.5}, random, true);
   attention({1, 1, 1, odd(1, 40), 4, 0.05, 0.9, false, S::float32}, random, true);

@@ -36,20 +36,21 @@ template <class T> std::vector<T> as(const std::vector<float>& x) { return {x.be
 // Inputs as T, and what the three operations return.
 template <class T> struct Run {
   std::vector<T> cost, f, g, a, b, grad_plan, grad_rows, grad_cols, grad_energy;
-  std::vector<T> plan, rows, cols, energy, to_cost, to_f, to_g, to_a, to_b;
+  std::vector<T> plan, log_plan, rows, cols, energy, to_cost, to_f, to_g, to_a, to_b;
   std::vector<double> to_epsilon;
   Solved<T> solved{};
   Run(const Case& c, const Data& data)
       : cost(as<T>(data.cost)), f(as<T>(data.f)), g(as<T>(data.g)), a(as<T>(data.a)), b(as<T>(data.b)),
         grad_plan(as<T>(data.grad_plan)), grad_rows(as<T>(data.grad_rows)), grad_cols(as<T>(data.grad_cols)),
-        grad_energy(as<T>(data.grad_energy)), plan(cost.size(), T(NAN)), rows(a.size(), T(NAN)), cols(b.size(), T(NAN)),
+        grad_energy(as<T>(data.grad_energy)), plan(cost.size(), T(NAN)), log_plan(plan), rows(a.size(), T(NAN)), cols(b.size(), T(NAN)),
         energy(data.epsilon.size(), T(NAN)), to_cost(plan), to_f(rows), to_g(cols), to_a(rows), to_b(cols),
         to_epsilon(data.epsilon.size(), NAN) {
     solved.cost = cost.data(), solved.f = f.data(), solved.g = g.data(), solved.a = a.data(), solved.b = b.data();
     solved.epsilon = data.epsilon.data(), solved.problems = c.problems, solved.rows = c.rows, solved.cols = c.cols;
     solved.row_mask = c.masks ? data.row_mask.data() : nullptr, solved.col_mask = c.masks ? data.col_mask.data() : nullptr;
   }
-  PlanTask<T> plan_task() { return {solved, plan.data()}; }
+  PlanTask<T> plan_task() { return {solved, false, plan.data()}; }
+  PlanTask<T> log_plan_task() { return {solved, true, log_plan.data()}; }
   PlanSumsTask<T> sums_task() { return {solved, rows.data(), cols.data(), energy.data()}; }
   PlanBackwardTask<T> backward_task(bool all) {
     PlanBackwardTask<T> task{};
@@ -64,7 +65,7 @@ template <class T> struct Run {
 void run(const Case& c, Random& random, bool all) {
   const Data data(c, random);
   Run<double> exact(c, data);
-  cpu_plan(exact.plan_task(), 1), cpu_plan_sums(exact.sums_task(), 1), cpu_plan_backward(exact.backward_task(all), 1);
+  cpu_plan(exact.plan_task(), 1), cpu_plan(exact.log_plan_task(), 1), cpu_plan_sums(exact.sums_task(), 1), cpu_plan_backward(exact.backward_task(all), 1);
   Run<float> ours(c, data);
   for (size_t k = 0; k < ours.cost.size() && c.masks; ++k) {  // what is masked may hold anything
     const size_t row = k / size_t(c.cols), p = row / size_t(c.rows);
@@ -74,6 +75,7 @@ void run(const Case& c, Random& random, bool all) {
   if (c.storage != Storage::float32) ours.solved.cost = reinterpret_cast<const float*>(half.data());
   CudaCall call{c.storage, 0, 0, nullptr};
   check(cuda_plan(ours.plan_task(), call) == nullptr, "plan: no message");
+  check(cuda_plan(ours.log_plan_task(), call) == nullptr, "log-plan: no message");
   const PlanSumsTask<float> sums = ours.sums_task();
   const Workspace for_sums(cuda_plan_sums_workspace(sums, call));
   call.workspace = for_sums.get();
@@ -87,6 +89,11 @@ void run(const Case& c, Random& random, bool all) {
   const double digits = 2e-6 / c.epsilon;  // rounding of the potentials is multiplied by 1 / epsilon
   const auto same = [&](const char* what, double away) { check(away < digits, name + what, away); };
   same("plan", relative(ours.plan, exact.plan));
+  const auto finite = [](auto logs) {
+    for (auto& x : logs) x = x < -1e30 ? 1e6f : x;  // as far from everything else as from -inf
+    return logs;
+  };
+  same("log-plan", difference(finite(ours.log_plan), finite(exact.log_plan)));
   same("sums over columns", relative(ours.rows, exact.rows)), same("sums over rows", relative(ours.cols, exact.cols));
   same("energy", relative(ours.energy, exact.energy));
   same("to cost", relative(ours.to_cost, exact.to_cost));

@@ -182,7 +182,7 @@ int main(int argc, char** argv) {
   transform({1, odd(3, 40), odd(3, 90), odd(200, 700), 0.1, 1, 1, true, false, false, true, P::float32}, random);
   solve({2, odd(3, 40), odd(3, 40), odd(3, 20), 0.05, 1, 1, true, true, false, false, P::float32}, random);
   solve({1, odd(3, 40), odd(3, 40), odd(3, 20), 0.002, 0.9, 0.9, false, false, true, false, P::float32}, random);
-  solve({2, odd(9, 40), odd(9, 40), odd(3, 9), 0.0003, 1, 1, true, false, false, false, P::float32, 0, 5}, random);  // far moves
+  solve({2, odd(9, 40), odd(9, 40), odd(3, 9), 0.001, 0.5, 0.5, true, false, false, false, P::float32, 0, 5}, random);  // far moves
   solve({1, odd(3, 40), odd(3, 40), odd(3, 20), 0.05, 1, 0.9, true, false, true, true, P::float32}, random);
   solve({2, odd(9, 40), odd(9, 40), odd(3, 20), 0.2, 0.9, 0.9, true, false, false, false, P::float32, 1e-3, 200}, random);
   self({2, odd(3, 140), 1, odd(3, 40), 0.1, 0.9, 0.9, true, true, false, false, P::float32}, random);
