@@ -8,7 +8,7 @@ import torch
 from problems import KINDS, random_costs, random_mask, random_weights
 
 from pisces_kernels import _dispatch, _plan, sinkhorn
-from pisces_kernels._implicit import _implicit_backward_op, formulas
+from pisces_kernels._implicit import _implicit_backward_op
 from pisces_kernels._unrolled import _unrolled_backward_op
 
 SHAPES = [(1, 1), (1, 37), (29, 1), (7, 33), (33, 7), (40, 257), (65, 31), (13, 2049)]
@@ -88,7 +88,11 @@ def snapped(potential):
 @pytest.mark.parametrize("epsilon", [0.05, 0.005])
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_at_given_potentials(kind, epsilon):
-    """Only the rounding of the gradient itself: both precisions start from the same potentials."""
+    """Only the rounding of the gradient itself: both precisions start from the same potentials.
+
+    A plan may fall apart into blocks that exchange as little as 1e-13: then no formula has more than a few digits in
+    float64, and it has to be the same one.
+    """
     for shape in SHAPES:
         leaves, options = random_problem(shape, kind, "", torch.float32)
         leaves["epsilon"] = torch.full((3,), epsilon, dtype=torch.float64)
@@ -99,13 +103,10 @@ def test_float32_at_given_potentials(kind, epsilon):
         inputs = (*grads, cost, a, b, result.epsilon, *(snapped(potential) for potential in (result.f, result.g)))
         options = (*result.tau, kind == "mass", None, None)
         narrow = _implicit_backward_op(*inputs, *options)
-        wide = formulas(*(value.double() for value in inputs), *options)
-        # The gradients are sums of two terms, which cancel where a plan nearly falls apart into blocks: the terms are
-        # then as large as the inverse of what the blocks exchange, and their rounding stays.
-        terms = max((grad * weight).abs().max() / epsilon for grad, weight in zip(wide[1:3], (a, b), strict=True))
-        for index, (one, other) in enumerate(zip(narrow, wide, strict=True)):
+        wide = _implicit_backward_op(*(value.double() for value in inputs), *options)
+        for one, other in zip(narrow, wide, strict=True):
             gap = (one.double() - other).abs().max() / (1 + other.abs().max())
-            assert gap < 2e-6 / epsilon + 2**-22 * terms, (shape, index, gap)
+            assert gap < 2e-6 / epsilon, (shape, gap)
 
 
 @pytest.mark.parametrize("epsilon", [0.05, 0.005])

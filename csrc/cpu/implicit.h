@@ -19,6 +19,7 @@ template <class T, class W> struct Implicit {
   static constexpr int TALL = 4, WIDE = 3;        // tile of H
   static constexpr int64_t GROUP = TALL * WIDE;   // rows of one chunk of H
   static constexpr int64_t STRIP = 1024;          // columns that are added up in W
+  static constexpr double MOST_CANCELLED = 50;    // inverse of the smallest pivot with which float is enough
 
   ImplicitTask<T> task;  // of problem p, rows the shorter side
   int64_t p;
@@ -149,8 +150,9 @@ template <class T, class W> struct Implicit {
     });
   }
   // I - D H D over the free rows, factorised. balanced: its null vector sqrt(a s) is lifted, which moves the solution only
-  // along a direction in which the gradient does not change.
-  void factorise(bool balanced) {
+  // along a direction in which the gradient does not change. False if the plan nearly falls apart into blocks: the solution is
+  // then as large as the inverse of what they exchange, and the terms of the gradient cancel.
+  bool factorise(bool balanced) {
     n_free = 0;
     for (int64_t i = 0; i < d.n; ++i) {
       rest[i] = 0;
@@ -181,6 +183,12 @@ template <class T, class W> struct Implicit {
       H[row * stride + row] = (1 - tau_a[i]) + tau_a[i] * (lost + rest[i] / s[i]) + null[row] * null[row];
     }
     cholesky(H, n_free, stride);
+    bool together = true;
+    for (int64_t row = 0; row < n_free; ++row) {
+      const double inverse_root = H[row * stride + row];  // of the pivot; 0 for a pivot of 0
+      together = together && inverse_root > 0 && inverse_root * inverse_root < MOST_CANCELLED;
+    }
+    return together;
   }
   void solve(int k, bool balanced) {
     // Rows without weight have x = grad_f, which the columns see.
@@ -247,7 +255,7 @@ template <class T, class W> struct Implicit {
       else memset(task.cost + (p * N + i) * M, 0, size_t(M) * sizeof(T));
     }
   }
-  // False if W cannot hold the sums of the plan; nothing is written then.
+  // False if W cannot hold the sums of the plan, or not the terms of the gradient; only rows that are masked are written then.
   bool run() {
     const int64_t N = task.problem.rows, M = task.problem.cols;
     d.begin(task.problem, p);
@@ -281,7 +289,7 @@ template <class T, class W> struct Implicit {
     for (int64_t j = 0; j < d.m; ++j) grad_g[0][j] += drift * double(d.b[j]);
 
     form();
-    factorise(balanced);
+    if (!factorise(balanced) && sizeof(W) == sizeof(float)) return false;
     solve(0, balanced);
     double omega = 0;
     if (task.exact_mass) {  // border of the system: sum v + sum u + mass omega = half the sum of both gradients
