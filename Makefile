@@ -7,7 +7,7 @@ BENCH_FLAGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-peers test-native test-emulator bench lint install checkpoints clean help
+.PHONY: demo test test-peers test-native test-emulator test-triton bench lint install checkpoints clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -29,6 +29,10 @@ test-native: $(READY)  ## the CPU kernels alone: under sanitizers, and cross-com
 test-emulator: $(READY)  ## the CUDA kernels on the CPU: random schedules, sanitizers, known bugs that must be found; needs CUDA's headers
 	$(BIN)/python tests/emulator/emulate.py
 	$(BIN)/python tests/emulator/emulate.py --mutations
+
+test-triton: $(READY)  ## the Triton kernels without a GPU: in Triton's interpreter, and compiled for five GPUs within their budget
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/triton
+	$(BIN)/python -m benchmarks.triton_static --check
 
 bench: $(READY)  ## ours against its peers, about 20 minutes on an idle machine: docs/benchmarks.md (BENCH_FLAGS="--only cost --smoke")
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,bench]"

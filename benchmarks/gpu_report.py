@@ -3,10 +3,10 @@
     python -m benchmarks.gpu_report              # the tables; with a GPU also measured times
     python -m benchmarks.gpu_report --flash      # with FlashSinkhorn (pip install flash-sinkhorn==0.4.1), by triton
 
-Ours: instructions from the machine code (gpu_budget.json), bytes and launches from the shapes. Peers: every operator
-that PyTorch runs is counted while the peer runs on the CPU; it is one launch at least. A predicted time is a lower
-bound: the resource that takes longest at the vendor's peak rates, launches and host reads added. Nothing here has run
-on a GPU unless a column says measured.
+Ours: instructions from the machine code (gpu_budget.json, triton_budget.json), bytes and launches from the shapes.
+Peers: every operator that PyTorch runs is counted while the peer runs on the CPU; it is one launch at least. A
+predicted time is a lower bound: the resource that takes longest at the vendor's peak rates, launches and host reads
+added. Only a column that says measured has run on a GPU.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pisces_kernels import sinkhorn, sinkhorn_points, transport_attention
 
 from . import gpu_flash, peers, problems
 from .gpu_static import BUDGET
+from .triton_static import BUDGET as TRITON_BUDGET
 
 # Seconds, our assumptions: a launch, one by PyTorch from Python, a value read by the host, barriers of grid, cluster.
 LAUNCH, EAGER_LAUNCH, HOST_READ, GRID_BARRIER, CLUSTER_BARRIER = 2.5e-6, 4e-6, 15e-6, 1.5e-6, 0.4e-6
@@ -189,6 +190,11 @@ def instructions(kernel: str, device: Device) -> float:
     return float(json.loads(BUDGET.read_text())[kernel][device.sm]["instructions"])
 
 
+def triton_instructions(kernel: str, device: Device) -> float:
+    """A pair or element and iteration of a Triton kernel in one of the cases of `triton_static`."""
+    return float(json.loads(TRITON_BUDGET.read_text())[kernel][f"sm_{device.sm}"]["instructions"])
+
+
 def dense(n_problems: int, n_rows: int, n_cols: int, n_iters: int, device: Device) -> Work:
     """The one-launch solve with K in shared memory, rows up to 40."""
     rows = 16 if n_rows <= 16 else 32 if n_rows <= 32 else 40
@@ -208,6 +214,26 @@ def dense(n_problems: int, n_rows: int, n_cols: int, n_iters: int, device: Devic
         waves=waves,
         idle=(0 if team == 1 else GRID_BARRIER if device.sm == "80" else CLUSTER_BARRIER) * n_iters,
     )
+
+
+def dense_triton(n_problems: int, n_rows: int, n_cols: int, n_iters: int, device: Device) -> Work:
+    """The one-launch solve in Triton, 40 rows: K goes through the caches once an iteration."""
+    elements = n_problems * n_rows * n_cols * n_iters
+    matrices = 4 * n_problems * n_rows * n_cols
+    return Work(
+        launches=2,  # the counters of the teams are set to 0
+        bytes=3 * matrices + (matrices * n_iters if matrices > device.l2 / 2 else 0),  # half: the nearer partition
+        instructions=elements * triton_instructions("sinkhorn_kernel, dense 40 x 2049", device),
+        exps=2 * n_problems * n_cols * n_iters,
+        waves=-(-n_problems // device.multiprocessors) * device.multiprocessors / n_problems,
+    )
+
+
+def points_triton(n_rows: int, n_cols: int, dim: int, n_iters: int, precision: str, device: Device) -> Work:
+    """All iterations in one cooperative launch in Triton, between packing of both clouds and writing."""
+    per_pair = triton_instructions(f"_solve_kernel, points {precision}", device)
+    work = points(n_rows, n_cols, dim, n_iters, precision, device)
+    return replace(work, launches=5, instructions=2 * n_rows * n_cols * n_iters * per_pair)
 
 
 def points(n_rows: int, n_cols: int, dim: int, n_iters: int, precision: str, device: Device) -> Work:
@@ -243,6 +269,16 @@ def attention(shape: tuple[int, int, int, int, int], n_iters: int, device: Devic
     )
 
 
+def attention_triton(shape: tuple[int, int, int, int, int], n_iters: int, device: Device) -> Work:
+    """Similarity, expected places, cost with its range, solve and fusion of a layer in Triton; the cost is stored."""
+    samples, heads, n_rows, n_cols, dim = shape
+    solve = dense_triton(samples * heads, n_rows, n_cols, n_iters, device)
+    features, weights = 4 * samples * (n_rows + n_cols) * dim, 4 * samples * heads * n_rows * n_cols
+    return replace(
+        solve, launches=solve.launches + 6, bytes=solve.bytes + features + 6 * weights, exps=solve.exps + weights / 2
+    )
+
+
 # ---- tables --------------------------------------------------------------------------------------------------
 
 W1 = (128, 40, 2049, 100)
@@ -260,6 +296,7 @@ def dense_rows(device: Device) -> dict[str, Work]:
     fused = Work(2, bytes=2 * cost.nbytes if cost.nbytes > device.l2 else 0, exps=2.0 * cost.numel(), eager=True)
     return {
         "ours": dense(*W1, device),
+        "ours, Triton": dense_triton(*W1, device),
         "official loop": an_iteration(peers.official_solve, one, device).times(n_problems * n_iters),
         "batched torch, log domain": an_iteration(peers.batched_log, problem, device).times(n_iters),
         "batched torch, products": an_iteration(peers.exp_free_batched, problem, device).times(n_iters),
@@ -272,6 +309,7 @@ def points_rows(device: Device, flash: bool) -> dict[str, Work]:
     n_rows, n_cols, dim, n_iters = W4
     clouds = problems.Clouds(torch.rand(n_rows, dim), torch.rand(n_cols, dim), 0.5, n_iters)
     rows = {f"ours, {name}": points(*W4, name, device) for name in ("float32", "tf32", "bf16")}
+    rows |= {f"ours, Triton, {name}": points_triton(*W4, name, device) for name in ("float32", "tf32", "bf16")}
     rows["chunked torch"] = an_iteration(peers.chunked_clouds, clouds, device).times(n_iters)
     if flash:
         per_pair = gpu_flash.instructions_per_pair(int(device.sm), dim)
@@ -294,27 +332,36 @@ def attention_rows(device: Device) -> dict[str, Work]:
     solve = an_iteration(peers.official_solve, problems.token_problems(8, n_rows, 1, dim=16), device).times(STOP)
     names = ("launches", "host_reads", "bytes", "instructions", "exps", "flops")
     official = replace(head, **{name: getattr(head, name) + getattr(solve, name) for name in names})
-    return {"ours": attention(LAYER, STOP, device), "official, head by head": official.times(samples * heads)}
+    return {
+        "ours": attention(LAYER, STOP, device),
+        "ours, Triton": attention_triton(LAYER, STOP, device),
+        "official, head by head": official.times(samples * heads),
+    }
+
+
+GPU_BACKENDS = (("ours", "cuda"), ("ours, Triton", "triton"))
 
 
 def measured(kind: str, names: list[str]) -> dict[str, float]:
-    """Milliseconds of ours on this machine's GPU by row; the median of 20 calls."""
+    """Milliseconds on this machine's GPU by row, what Python needs for a call included; the median of 20 calls."""
     device = torch.device("cuda")
+    runs: dict[str, Callable[[], object]] = {}
     if kind == "dense":
         n_problems, n_rows, n_cols, n_iters = W1
         cost = torch.rand(n_problems, n_rows, n_cols, device=device)
-        runs: dict[str, Callable[[], object]] = {
-            "ours": lambda: sinkhorn(cost, epsilon=0.05, tau=0.9, max_iters=n_iters, tol=0.0, backend="cuda"),
-            "batched torch, log domain": lambda: peers.log_solve(cost, 0.05, 0.9, n_iters),
-        }
+        for name, backend in GPU_BACKENDS:
+            runs[name] = lambda backend=backend: sinkhorn(
+                cost, epsilon=0.05, tau=0.9, max_iters=n_iters, tol=0.0, gradient="none", backend=backend
+            )
+        runs["batched torch, log domain"] = lambda: peers.log_solve(cost, 0.05, 0.9, n_iters)
     elif kind == "points":
         n_rows, n_cols, dim, n_iters = W4
         x, y = torch.rand(n_rows, dim, device=device), torch.rand(n_cols, dim, device=device)
-        options: dict[str, Any] = {"epsilon": 0.5, "max_iters": n_iters, "tol": 0.0, "backend": "cuda"}
-        runs = {
-            f"ours, {name}": lambda name=name: sinkhorn_points(x, y, precision=name, **options)
-            for name in ("float32", "tf32", "bf16")
-        }
+        for name, backend in GPU_BACKENDS:
+            for precision in ("float32", "tf32", "bf16"):
+                runs[f"{name}, {precision}"] = lambda precision=precision, backend=backend: sinkhorn_points(
+                    x, y, precision=precision, epsilon=0.5, max_iters=n_iters, tol=0.0, backend=backend
+                )
     else:
         samples, heads, n_rows, n_cols, dim = LAYER
         data = problems.tokens(8, n_rows, heads, dim)
@@ -322,10 +369,12 @@ def measured(kind: str, names: list[str]) -> dict[str, float]:
             t.to(device).expand(samples, *t.shape[1:]).contiguous() for t in (data.text, data.video, data.attention)
         ]
         inputs += [data.frame_index.to(device), data.positions.to(device)]
-        runs = {"ours": lambda: transport_attention(*inputs, max_iters=STOP, tol=0.0, backend="cuda")}
+        for name, backend in GPU_BACKENDS:
+            runs[name] = lambda backend=backend: transport_attention(*inputs, max_iters=STOP, tol=0.0, backend=backend)
     result = {}
     for name in names:
         if name in runs:
+            runs[name]()  # compiles and tunes
             times = []
             for _ in range(23):
                 torch.cuda.synchronize()

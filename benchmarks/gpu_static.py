@@ -222,7 +222,7 @@ def violations(measured: dict[str, dict[str, Usage]], budget: dict[str, dict[str
     found = []
     for kernel in sorted(measured.keys() | budget.keys()):
         for arch in sorted(measured.get(kernel, {}).keys() | budget.get(kernel, {}).keys()):
-            where = f"{kernel} on sm_{arch}"
+            where = f"{kernel} on {arch if not arch.isdigit() else f'sm_{arch}'}"
             if kernel not in budget or arch not in budget[kernel]:
                 found.append(f"{where}: not in the budget")
             elif kernel not in measured or arch not in measured[kernel]:

@@ -31,7 +31,7 @@ def report() -> str:
         lines.append(f"extension: {build['compiler']}; instruction sets {', '.join(sets)}; in use {used}")
         cuda = "not compiled (no nvcc when the extension was built)"
         if build["cuda"]:
-            cuda = f"compiled with {build['cuda_version']} for {build['cuda_architectures']}; not yet executed on a GPU"
+            cuda = f"compiled with {build['cuda_version']} for {build['cuda_architectures']}"
         lines.append(f"CUDA kernels: {cuda}")
     for backend in BACKENDS:
         reason = why_not(backend)

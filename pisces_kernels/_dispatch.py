@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
-BACKENDS = ("reference", "cpu", "cuda")
-# What the CUDA kernels do; the rest is PyTorch's work on the same device. The CPU kernels do everything.
-ON_CUDA = frozenset(
-    (
-        "sinkhorn",
-        "implicit",
-        "plan",
-        "plan_sums",
-        "plan_backward",
-        "token_cost",
-        "token_cost_gradient",
-        "transport_attention",
-        "fusion_gradient",
-        "points_solve",
-        "points_self",
-        "points_transform",
-        "points_product",
-    )
-)
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+# Where the adapter of an operation is, in _compiled (C++, CUDA) and in _triton alike: (module, function).
+ADAPTERS = {
+    "sinkhorn": ("sinkhorn", "sinkhorn"),
+    "implicit": ("gradients", "implicit"),
+    "unrolled": ("gradients", "unrolled"),
+    "plan": ("plan", "plan"),
+    "plan_sums": ("plan", "plan_sums"),
+    "plan_backward": ("plan", "plan_backward"),
+    "token_cost": ("cost", "token_cost"),
+    "token_cost_gradient": ("cost", "token_cost_gradient"),
+    "cosine_gradient": ("cost", "cosine_gradient"),
+    "transport_attention": ("cost", "transport_attention"),
+    "fusion_gradient": ("cost", "fusion_gradient"),
+    "points_solve": ("points", "sinkhorn_points"),
+    "points_self": ("points", "self_transport"),
+    "points_transform": ("points", "soft_minimum"),
+    "points_product": ("points", "product"),
+}
+# What a GPU back end has kernels for; the rest is PyTorch's work on the same device. The CPU kernels do everything.
+ON_GPU = frozenset(ADAPTERS) - {"unrolled", "token_cost_gradient"}
+KERNELS = {"cpu": frozenset(ADAPTERS) - {"cosine_gradient"}, "cuda": ON_GPU, "triton": ON_GPU}
 
 
 @lru_cache(maxsize=1)
@@ -64,7 +70,22 @@ def _cuda_problem() -> str | None:
         return f"no CUDA device: {message}"
     if not torch.cuda.is_available():
         return "this PyTorch sees no CUDA device (a CPU build of PyTorch, or no driver)"
-    return None
+    return _too_old()
+
+
+@lru_cache(maxsize=1)
+def _triton_problem() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if not torch.cuda.is_available():
+        return "this PyTorch sees no CUDA or ROCm device"
+    return None if torch.version.hip else _too_old()
+
+
+def _too_old() -> str | None:
+    """Why the NVIDIA devices here are no use, or None."""
+    lowest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    return None if lowest >= (8, 0) else f"compute capability 8.0 is needed, and a device here has {lowest}"
 
 
 @torch.compiler.assume_constant_result  # what was built does not change, and Dynamo cannot trace an import
@@ -72,7 +93,7 @@ def why_not(backend: str) -> str | None:
     """Return None when the back end can run here, else the reason in words.
 
     Args:
-        backend: "reference", "cpu" or "cuda".
+        backend: "reference", "cpu", "cuda" or "triton".
 
     Returns:
         None or a sentence.
@@ -84,6 +105,8 @@ def why_not(backend: str) -> str | None:
         return None if module is not None else f"the extension is not there: {reason}"
     if backend == "cuda":
         return _cuda_problem()
+    if backend == "triton":
+        return _triton_problem()
     raise ValueError(f"backend: got {backend!r}, expected one of {BACKENDS} or None.")
 
 
@@ -96,31 +119,41 @@ def _warn_slow() -> None:
     )
 
 
-def compiled(operation: str, backend: str) -> bool:
-    """Whether a back end has a kernel for an operation: a name of csrc/api.h without cpu_ or cuda_."""
-    return backend == "cpu" or (backend == "cuda" and operation in ON_CUDA)
+def has_kernel(operation: str, backend: str) -> bool:
+    """Whether a back end has a kernel for an operation of `ADAPTERS`; PyTorch does it else."""
+    return operation in KERNELS.get(backend, ())
 
 
-def refuse_on_cuda(
-    who: str, dtype: torch.dtype, *, acceleration: str | None = None, points_mass: object = None
-) -> None:
-    """Raise ValueError for what the CUDA kernels do not do.
+@cache
+def kernel(operation: str, backend: str) -> Callable[..., Any]:
+    """Return the function that runs an operation on a back end that has a kernel for it."""
+    module, function = ADAPTERS[operation]
+    package = "_triton" if backend == "triton" else "_compiled"  # triton is imported only where it is used
+    return getattr(importlib.import_module(f".{package}.{module}", __package__), function)
 
-    Args:
-        who: name of the calling function.
-        dtype: in which the operation computes.
-        acceleration: None is there.
-        points_mass: exact mass between point clouds; None is there.
-    """
-    lacks = None
+
+def _lack(dtype: torch.dtype, acceleration: str | None, points_mass: object) -> str | None:
+    """What the kernels for GPUs do not do, in words."""
     if dtype != torch.float32:
-        lacks = f"computes in float32, and an input is {dtype}"
-    elif points_mass is not None:
-        lacks = "does not solve for an exact mass"
-    elif acceleration is not None:
-        lacks = f"has no acceleration, got {acceleration!r}"
-    if lacks is not None:
-        raise ValueError(f"{who}: backend 'cuda' {lacks}. Use backend='reference'.")
+        return f"computes in float32, and an input is {dtype}"
+    if points_mass is not None:
+        return "does not solve for an exact mass between point clouds"
+    if acceleration is not None:
+        return f"has no acceleration, got {acceleration!r}"
+    return None
+
+
+def _best(device: torch.device, dtype: torch.dtype, acceleration: str | None, points_mass: object) -> str:
+    """The back end of `resolve` without a wish."""
+    if device.type == "cpu":
+        if why_not("cpu") is None:
+            return "cpu"
+        _warn_slow()
+    elif device.type == "cuda" and _lack(dtype, acceleration, points_mass) is None:
+        for name in ("cuda", "triton"):
+            if why_not(name) is None:
+                return name
+    return "reference"
 
 
 def cuda_place(device: torch.device) -> tuple[int, int]:
@@ -134,16 +167,27 @@ def kind(device: torch.device) -> str:
     return device.type
 
 
-def resolve(who: str, backend: str | None, device: torch.device) -> str:
+def resolve(
+    who: str,
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    acceleration: str | None = None,
+    points_mass: object = None,
+) -> str:
     """Choose the back end for tensors on a device.
 
-    Without a wish it is "cpu" on CPU tensors and "reference" elsewhere: the CUDA kernels are compiled but have not been
-    executed on a GPU yet, so they run only when asked for by name. A back end that was asked for never falls back.
+    Without a wish it is "cpu" on CPU tensors; on GPUs "cuda" where it can run, else "triton", and "reference" for what
+    neither does. A back end that was asked for never falls back.
 
     Args:
         who: name of the calling function.
         backend: None or one of `BACKENDS`.
         device: where the tensors are.
+        dtype: in which the operation computes.
+        acceleration: of the iteration, None for plain ones.
+        points_mass: exact mass between point clouds, or None.
 
     Returns:
         One of `BACKENDS`.
@@ -152,17 +196,16 @@ def resolve(who: str, backend: str | None, device: torch.device) -> str:
         ValueError: the name is unknown, or the back end cannot run on these tensors; the message says why.
     """
     if backend is None:
-        if device.type != "cpu":
-            return "reference"
-        if why_not("cpu") is not None:
-            _warn_slow()
-            return "reference"
-        return "cpu"
+        return _best(device, dtype, acceleration, points_mass)
     if backend not in BACKENDS:
         raise ValueError(f"{who}: backend is {backend!r}, expected one of {BACKENDS} or None.")
     reason = why_not(backend)
     if reason is not None:
         raise ValueError(f"{who}: backend {backend!r} cannot run: {reason}.")
-    if backend != "reference" and kind(device) != backend:
-        raise ValueError(f"{who}: backend {backend!r} wants tensors on {backend}, got {device}.")
+    wanted = "cuda" if backend == "triton" else backend  # PyTorch calls ROCm devices "cuda" too
+    if backend != "reference" and kind(device) != wanted:
+        raise ValueError(f"{who}: backend {backend!r} wants tensors on {wanted}, got {device}.")
+    lack = _lack(dtype, acceleration, points_mass) if backend in ("cuda", "triton") else None
+    if lack is not None:
+        raise ValueError(f"{who}: backend {backend!r} {lack}. Use backend='reference'.")
     return backend

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dispatch, reference
-from ._compiled import points as compiled
 from ._points import check_points, sinkhorn_points
 from ._points_result import PointsResult
 from ._precision import full_precision
@@ -58,7 +57,7 @@ def sinkhorn_divergence(
         max_iters: most iterations of each term.
         tol: each term stops when its residual is smaller. The error of the result is of second order in it.
         acceleration: None or "anderson", for OT(x, y).
-        backend: None (the best that can run), "reference", "cpu" or "cuda" (never chosen unless it is named).
+        backend: None (the best that can run), "reference", "cpu", "cuda" or "triton" (float32).
 
     Returns:
         [...]. NaN for problems with a point that is not finite. CPU tensors get a RuntimeWarning when a term has not
@@ -179,8 +178,8 @@ def _self_transport_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Potential f = g of P clouds [P, N, D] with themselves: (f [P, N], n_iters int32, residual); no gradient."""
-    if _dispatch.compiled("points_self", backend):
-        return compiled.self_transport(x, a, epsilon, tau, mask, max_iters, tol, cost)
+    if _dispatch.has_kernel("points_self", backend):
+        return _dispatch.kernel("points_self", backend)(x, a, epsilon, tau, mask, max_iters, tol, cost)
     broken = ~Points.of(x, x, cost).finite()
     x = torch.where(broken[:, None, None], 0.0, x)
     points = Points.of(x, x, cost)

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from . import _dispatch
-from ._compiled import gradients as compiled_gradients
 from ._formulas import differentiable_by
 from ._vmap import fold_into_problems
 from .reference import bounded, log_weights
@@ -211,11 +210,12 @@ def _implicit_backward_op(
     exact_mass: bool,
     row_mask: Tensor | None,
     col_mask: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`formulas`, compiled; what it cannot hold (sums of the plan beyond float64, NaN) is left to the formulas."""
+    """`formulas` by a kernel; what it cannot hold (sums of the plan beyond float64, NaN) is left to the formulas."""
     tensors, options = (grad_f, grad_g, cost, a, b, epsilon, f, g), (tau_a, tau_b, exact_mass)
-    *results, sound = compiled_gradients.implicit(*tensors, *options, row_mask, col_mask)
-    if cost.device.type == "cpu" and not bool(sound.all()):  # on CUDA all are, and nothing waits for the device
+    *results, sound = _dispatch.kernel("implicit", backend)(*tensors, *options, row_mask, col_mask)
+    if backend == "cpu" and not bool(sound.all()):  # on GPUs all are, and nothing waits for the device
         inputs: list[Any] = [*tensors, *options, row_mask, col_mask]
         some = [value[~sound] if isinstance(value, Tensor) else value for value in inputs]
         for result, value in zip(results, formulas(*some), strict=True):
@@ -232,11 +232,11 @@ def _(grad_f: Tensor, grad_g: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 fold_into_problems(_implicit_backward_op)
-_compiled = differentiable_by(_implicit_backward_op, formulas)
+_by_kernel = differentiable_by(_implicit_backward_op, lambda *inputs: formulas(*inputs[:-1]))
 
 
 def potentials_gradient(*inputs: Any, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`formulas` on the back end of the forward solve; same arguments and results."""
     *_, exact_mass, _, _ = inputs
-    has_kernel = _dispatch.compiled("implicit", backend) and not (exact_mass and backend == "cuda")
-    return _compiled(*inputs) if has_kernel else formulas(*inputs)
+    has_kernel = _dispatch.has_kernel("implicit", backend) and not (exact_mass and backend != "cpu")
+    return _by_kernel(*inputs, backend) if has_kernel else formulas(*inputs)

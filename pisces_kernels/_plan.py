@@ -1,4 +1,4 @@
-"""The plan of solved dense problems and its sums: plain formulas, and compiled operators for CPU tensors.
+"""The plan of solved dense problems and its sums: plain formulas, and operators with a kernel behind them.
 
 Everything is flat here, P problems in one dimension. With G the gradient of a function of the plan and its sums with
 respect to one entry, and h = density G,
@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _dispatch, reference
 from ._autograd import differentiable
-from ._compiled import plan as compiled
 from ._formulas import differentiable_by
 from ._precision import without_autocast
 from ._vmap import fold_into_problems
@@ -104,10 +103,11 @@ def _backward_op(
     epsilon: Tensor,
     row_mask: Tensor | None,
     col_mask: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_gradients`, compiled."""
-    grads = (grad_plan, grad_rows, grad_cols, grad_energy)
-    return compiled.plan_backward(*grads, cost, f, g, a, b, epsilon, row_mask, col_mask)
+    """`_gradients` by a kernel."""
+    grads, solved = (grad_plan, grad_rows, grad_cols, grad_energy), (cost, f, g, a, b, epsilon, row_mask, col_mask)
+    return _dispatch.kernel("plan_backward", backend)(*grads, *solved)
 
 
 @_backward_op.register_fake
@@ -116,7 +116,7 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 fold_into_problems(_backward_op)
-plan_gradients = differentiable_by(_backward_op, _gradients)
+plan_gradients = differentiable_by(_backward_op, lambda *inputs: _gradients(*inputs[:-1]))
 
 
 @torch.library.custom_op("pisces_kernels::sinkhorn_plan", mutates_args=())
@@ -130,9 +130,11 @@ def _plan_op(
     row_mask: Tensor | None,
     col_mask: Tensor | None,
     logarithm: bool,
+    backend: str,
 ) -> Tensor:
     """The plan exp((f + g - cost) / epsilon) a b, 0 where masked, or its logarithm. [P, N, M]"""
-    return compiled.plan(cost, f, g, a, b, epsilon, row_mask, col_mask, logarithm=logarithm)
+    write = _dispatch.kernel("plan", backend)
+    return write(cost, f, g, a, b, epsilon, row_mask, col_mask, logarithm=logarithm)
 
 
 @_plan_op.register_fake
@@ -150,9 +152,10 @@ def _sums_op(
     epsilon: Tensor,
     row_mask: Tensor | None,
     col_mask: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The plan's sums over columns [P, N] and over rows [P, M], and sum(plan * cost) [P]."""
-    return compiled.plan_sums(cost, f, g, a, b, epsilon, row_mask, col_mask)
+    return _dispatch.kernel("plan_sums", backend)(cost, f, g, a, b, epsilon, row_mask, col_mask)
 
 
 @_sums_op.register_fake
@@ -162,22 +165,22 @@ def _(cost: Tensor, f: Tensor, g: Tensor, *unused: Any) -> tuple[Tensor, Tensor,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _plan_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.logarithm = inputs
+    *tensors, ctx.logarithm, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 @without_autocast
 def _plan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    by_inputs = _log_gradients if ctx.logarithm else _plan_gradients
-    return (*by_inputs(grad, *ctx.saved_tensors), None, None, None)
-
-
-def _plan_gradients(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return plan_gradients(grad, None, None, None, *inputs)
+    if ctx.logarithm:
+        grads = _log_gradients(grad, *ctx.saved_tensors)
+    else:
+        grads = plan_gradients(grad, None, None, None, *ctx.saved_tensors, ctx.backend)
+    return (*grads, None, None, None, None)
 
 
 def _log_gradients(
@@ -209,7 +212,7 @@ def _log_gradients(
 
 @without_autocast
 def _sums_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return (*plan_gradients(None, *grads, *ctx.saved_tensors), None, None)
+    return (*plan_gradients(None, *grads, *ctx.saved_tensors, ctx.backend), None, None, None)
 
 
 fold_into_problems(_plan_op)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from . import _checks, _dispatch, _problem, reference
 from ._autograd import differentiable
-from ._compiled import points as compiled
 from ._compiled._task import PRECISIONS
 from ._points_result import PointsResult, once_differentiable
 from ._precision import full_precision, without_autocast
@@ -68,11 +67,12 @@ def sinkhorn_points(
         f_init: [..., N], potentials to start from (with `f_init` alone the iteration starts with g).
         g_init: [..., M].
         gradient: "implicit" (exact at the fixed point) or "none".
-        precision: of the products of points during the solve, with backend "cuda": "float32", or on tensor cores "tf32"
-            (10 bits of mantissa) or "bf16" (7 bits), with sums in float32. The potentials inherit the rounding of the
-            points: measure before you rely on them. Gradients and what follows from the result are in float32.
-        backend: None (the best that can run), "reference", "cpu" or "cuda" (never chosen unless it is named; float32,
-            without mass and acceleration); also for everything that follows from the result.
+        precision: of the products of points during the solve, with backend "cuda" or "triton": "float32", or on tensor
+            cores "tf32" (10 bits of mantissa) or "bf16" (7 bits), with sums in float32. The potentials inherit the
+            rounding of the points: measure before you rely on them. Gradients and what follows from the result are in
+            float32.
+        backend: None (the best that can run), "reference", "cpu", "cuda" or "triton" (both float32, without mass and
+            acceleration); also for everything that follows from the result.
 
     Returns:
         `PointsResult`, with `value`, `transport_cost`, `marginals`, `apply` (plan times a matrix) and `barycentric`,
@@ -121,13 +121,15 @@ def sinkhorn_points(
         g_init=g_init,
         gradient=gradient,
     )
-    chosen = _dispatch.resolve(WHO, backend, x.device)
+    chosen = _dispatch.resolve(
+        WHO, backend, x.device, problem.dtype, acceleration=acceleration, points_mass=problem.mass
+    )
     if precision not in PRECISIONS:
         raise ValueError(f"{WHO}: precision is {precision!r}, expected one of {tuple(PRECISIONS)}.")
-    if chosen == "cuda":
-        _dispatch.refuse_on_cuda(WHO, problem.dtype, acceleration=acceleration, points_mass=problem.mass)
-    elif precision != "float32":
-        raise ValueError(f"{WHO}: precision {precision!r} is there with backend='cuda' only, got backend {chosen!r}.")
+    if precision != "float32" and chosen not in ("cuda", "triton"):
+        raise ValueError(
+            f"{WHO}: precision {precision!r} is there with backend='cuda' or 'triton' only, got backend {chosen!r}."
+        )
     flat, held = problem.flat, problem.constant_unless_differentiated
     rows, cols = (points.to(problem.dtype).expand(*problem.batch, *points.shape[-2:]) for points in (x, y))
     f, g, n_iters, residual = _solve(
@@ -202,8 +204,8 @@ def _sinkhorn_points_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve P problems between prepared clouds [P, N, D], [P, M, D]: (f, g, n_iters int32, residual)."""
-    if _dispatch.compiled("points_solve", backend):
-        return compiled.sinkhorn_points(
+    if _dispatch.has_kernel("points_solve", backend):
+        return _dispatch.kernel("points_solve", backend)(
             x,
             y,
             a,

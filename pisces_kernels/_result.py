@@ -85,8 +85,8 @@ class SinkhornResult(Solution):
 
     def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of the plan over columns and over rows, and sum(plan * cost)."""
-        if _dispatch.compiled("plan_sums", self._backend):
-            rows, cols, energy = _plan.plan_sums(*self._flat())
+        if _dispatch.has_kernel("plan_sums", self._backend):
+            rows, cols, energy = _plan.plan_sums(*self._flat(), self._backend)
             return rows.reshape(self.f.shape), cols.reshape(self.g.shape), energy.reshape(self.epsilon.shape)
         plan = self.plan()
         return plan.sum(-1), plan.sum(-2), (plan * self._clean_cost()[0]).sum((-2, -1))
@@ -97,8 +97,8 @@ class SinkhornResult(Solution):
         Returns:
             [..., N, M].
         """
-        if _dispatch.compiled("plan", self._backend):
-            return _plan.plan(*self._flat(), True).reshape(self.cost.shape)
+        if _dispatch.has_kernel("plan", self._backend):
+            return _plan.plan(*self._flat(), True, self._backend).reshape(self.cost.shape)
         cost, keep = self._clean_cost()
         logs = reference.log_weights(self.a).unsqueeze(-1) + reference.log_weights(self.b).unsqueeze(-2)
         exponent = _plan.exponent(cost, self.f, self.g, self.a, self.b, self.epsilon)
@@ -110,8 +110,8 @@ class SinkhornResult(Solution):
         Returns:
             [..., N, M].
         """
-        if _dispatch.compiled("plan", self._backend):
-            return _plan.plan(*self._flat(), False).reshape(self.cost.shape)
+        if _dispatch.has_kernel("plan", self._backend):
+            return _plan.plan(*self._flat(), False, self._backend).reshape(self.cost.shape)
         cost, keep = self._clean_cost()
         density = _plan.exponent(cost, self.f, self.g, self.a, self.b, self.epsilon).exp()
         return torch.where(keep, density * self.a.unsqueeze(-1) * self.b.unsqueeze(-2), 0.0)
@@ -279,8 +279,8 @@ def _dense_dual(
     col_mask: Tensor | None,
     backend: str,
 ) -> Tensor:
-    if _dispatch.compiled("plan_sums", backend):
-        rows, _, _ = _plan.plan_sums(*_flat((cost, f, g, a, b, epsilon, row_mask, col_mask), epsilon.ndim))
+    if _dispatch.has_kernel("plan_sums", backend):
+        rows, _, _ = _plan.plan_sums(*_flat((cost, f, g, a, b, epsilon, row_mask, col_mask), epsilon.ndim), backend)
         total = rows.sum(-1).reshape(epsilon.shape)
     else:
         cost, keep = _plan.clean(cost, row_mask, col_mask)
@@ -310,12 +310,12 @@ class _Value(torch.autograd.Function):
         cost, a, b, epsilon, mass, f, g, row_mask, col_mask = ctx.saved_tensors
         tau, backend = ctx.options
         rest = (a, b, epsilon, mass, f, g, tau, row_mask, col_mask)
-        if _dispatch.compiled("plan_backward", backend):
+        if _dispatch.has_kernel("plan_backward", backend):
             # The value is -epsilon sum(plan) and what does not depend on the cost. One pass gives the first part's.
             by_rows = -(epsilon.to(f.dtype) * grad).unsqueeze(-1).expand(a.shape)
             batch = epsilon.shape
             by_rows, *inputs = _flat((by_rows, cost, f, g, a, b, epsilon, row_mask, col_mask), len(batch))
-            to_cost, to_f, _, to_a, to_b, to_epsilon = _plan.plan_gradients(None, by_rows, None, None, *inputs)
+            to_cost, to_f, _, to_a, to_b, to_epsilon = _plan.plan_gradients(None, by_rows, None, None, *inputs, backend)
             nothing = torch.zeros_like(grad)
             by_a, by_b, by_epsilon, by_mass = _envelope(
                 nothing, torch.zeros_like(a), torch.zeros_like(b), nothing, *rest

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from . import _checks, _dispatch, _problem, reference
 from ._autograd import differentiable
-from ._compiled.sinkhorn import sinkhorn as compiled
 from ._implicit import potentials_gradient
 from ._precision import without_autocast
 from ._result import SinkhornResult
@@ -68,8 +67,8 @@ def sinkhorn(
         g_init: [..., M].
         gradient: how the potentials are differentiated: "implicit" (at the fixed point: exact when converged),
             "unrolled" (through the iterations that ran: exact whenever they stopped) or "none" (they are constants).
-        backend: None (the best that can run), "reference", "cpu" or "cuda". The CUDA kernel is compiled, not yet
-            executed on a GPU, and therefore never chosen unless it is named.
+        backend: None (the best that can run: on a GPU "cuda", else "triton", else "reference"), or one of these or
+            "cpu". The kernels for GPUs are float32 and without acceleration; a wish that they cannot meet raises.
 
     Returns:
         `SinkhornResult`. Balanced potentials are fixed by sum(a f) = sum(b g); with `mass` the multiplier of the mass
@@ -124,10 +123,8 @@ def sinkhorn(
         g_init=g_init,
         gradient=gradient,
     )
-    chosen = _dispatch.resolve(WHO, backend, cost.device)
-    if chosen == "cuda":
-        _dispatch.refuse_on_cuda(WHO, problem.dtype, acceleration=acceleration)
-    as_stored = chosen == "cuda" or cost.dtype == problem.dtype  # the CUDA kernel reads 16-bit costs itself
+    chosen = _dispatch.resolve(WHO, backend, cost.device, problem.dtype, acceleration=acceleration)
+    as_stored = chosen in ("cuda", "triton") or cost.dtype == problem.dtype  # those read 16-bit costs themselves
     held = problem.constant_unless_differentiated
     with_start = gradient == "unrolled"  # the fixed point does not depend on where the iteration starts
     f_start, g_start = (
@@ -184,7 +181,7 @@ def _sinkhorn_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve [..., N, M] problems on one back end: (f, g, n_iters int32, residual)."""
-    solve = compiled if _dispatch.compiled("sinkhorn", backend) else _reference
+    solve = _dispatch.kernel("sinkhorn", backend) if _dispatch.has_kernel("sinkhorn", backend) else _reference
     f, g, n_iters, residual = solve(
         cost,
         a,

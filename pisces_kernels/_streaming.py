@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from . import _dispatch
-from ._compiled import points as compiled
 
 COSTS = ("sqeuclidean", "cosine")
 
@@ -41,7 +40,7 @@ class Points:
         row: [P, N], h of the module's formula.
         col: [P, M], k.
         scale: s.
-        backend: what computes the sums: "reference" (this file), "cpu" or "cuda".
+        backend: what computes the sums: "reference" (this file), "cpu", "cuda" or "triton".
     """
 
     x: Tensor
@@ -144,9 +143,10 @@ def soft_minimum(points: Points, potential: Tensor, log_weight: Tensor, epsilon:
     Returns:
         [P, N].
     """
-    if _dispatch.compiled("points_transform", points.backend):
+    if _dispatch.has_kernel("points_transform", points.backend):
+        transform = _dispatch.kernel("points_transform", points.backend)
         # The constants of "cosine" add up to 1, whichever side has them.
-        return compiled.soft_minimum(points.x, points.y, potential, log_weight, epsilon, points.squared)
+        return transform(points.x, points.y, potential, log_weight, epsilon, points.squared)
     lowest, _ = EXPONENTS[potential.dtype]
     result = torch.empty_like(points.row)
     col = potential / epsilon + log_weight  # [P, M]
@@ -193,12 +193,13 @@ def products(
     Returns:
         ([P, N, E] or None, [P, M, F] or None).
     """
-    if _dispatch.compiled("points_product", points.backend):
+    if _dispatch.has_kernel("points_product", points.backend):
+        product = _dispatch.kernel("points_product", points.backend)
         turned = None if coupling is None else coupling[::-1]
         x, y, squared = points.x, points.y, points.squared
         return (
-            None if right is None else compiled.product(x, y, row, col, epsilon, right, coupling, squared),
-            None if left is None else compiled.product(y, x, col, row, epsilon, left, turned, squared),
+            None if right is None else product(x, y, row, col, epsilon, right, coupling, squared),
+            None if left is None else product(y, x, col, row, epsilon, left, turned, squared),
         )
     lowest, largest = EXPONENTS[row.dtype]
     from_right = None if right is None else right.new_zeros(*row.shape, right.shape[-1])

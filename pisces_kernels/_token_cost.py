@@ -104,7 +104,7 @@ def token_cost(
         normalize: min-max scaling.
         row_mask: [B, N] bool, True where the token exists; a masked token is as if it were not there.
         col_mask: [B, M] bool.
-        backend: None (the best that can run), "reference", "cpu" or "cuda" (never chosen unless it is named).
+        backend: None (the best that can run), "reference", "cpu", "cuda" or "triton" (float32).
 
     Returns:
         [B, H, N, M] float32 (float64 if text, video or attention is), computed in that dtype also under
@@ -142,9 +142,7 @@ def token_cost(
     col_mask = _checks.mask(WHO, "col_mask", col_mask, (batch, n_cols), "(B, M)")
     frames, places = geometry(WHO, frame_index, positions, batch, n_cols, dtype, col_mask)
     gamma, eta = _checks.number(WHO, "gamma", gamma), _checks.number(WHO, "eta", eta)
-    chosen = _dispatch.resolve(WHO, backend, text.device)
-    if chosen == "cuda":
-        _dispatch.refuse_on_cuda(WHO, dtype)
+    chosen = _dispatch.resolve(WHO, backend, text.device, dtype)
     return _token_cost(
         text.to(dtype), video.to(dtype), attention.to(dtype), frames, places, gamma, eta, normalize, row_mask,
         col_mask, chosen,
@@ -169,10 +167,8 @@ def _token_cost_op(
     inputs = (text, video, attention, frame_index, positions)
     options: dict[str, Any] = {"gamma": gamma, "eta": eta, "normalize": normalize}
     options.update(row_mask=row_mask, col_mask=col_mask)
-    if _dispatch.compiled("token_cost", backend):
-        from ._compiled.cost import token_cost as fused
-
-        return fused(*inputs, **options)
+    if _dispatch.has_kernel("token_cost", backend):
+        return _dispatch.kernel("token_cost", backend)(*inputs, **options)
     with full_precision(text.device):  # the cost is compared with epsilon: no half precision or TF32 inside
         return reference.token_cost(*inputs, **options)
 
@@ -335,12 +331,10 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gradients` on one back end."""
     inputs = (grad, text, video, attention, frame_index, positions, row_mask, col_mask, cost, gamma, eta, normalize)
-    if _dispatch.compiled("token_cost_gradient", backend):
-        from ._compiled.cost import cosine_gradient, token_cost_gradient
-
-        if backend == "cpu":
-            return token_cost_gradient(*inputs)
-        to_cosine, by_attention = cosine_gradient(*inputs)
+    if _dispatch.has_kernel("token_cost_gradient", backend):
+        return _dispatch.kernel("token_cost_gradient", backend)(*inputs)
+    if _dispatch.has_kernel("cosine_gradient", backend):
+        to_cosine, by_attention = _dispatch.kernel("cosine_gradient", backend)(*inputs)
         with full_precision(grad.device):
             return *_by_features(to_cosine, _units(text, row_mask), _units(video, col_mask)), by_attention
     with full_precision(grad.device):

@@ -79,7 +79,7 @@ def transport_attention(
         eta: weight of place in the cost.
         return_plan: also return the plan.
         differentiable_plan: let gradients flow through the plan too (to query, key and attention).
-        backend: None (the best that can run), "reference", "cpu" or "cuda" (never chosen unless it is named).
+        backend: None (the best that can run), "reference", "cpu", "cuda" or "triton" (float32).
 
     Returns:
         [B, H, Q, M] in the dtype of attention, computed in float32 or float64 also under torch.autocast; with
@@ -88,7 +88,8 @@ def transport_attention(
 
     Memory:
         On the "cpu" back end one head's cost a thread; on "cuda" [B, Q, M] floats, and the kernel matrices of the heads
-        that run at the same time where they do not fit on chip; never [B, H, Q, M] beyond what is returned.
+        that run at the same time where they do not fit on chip; never [B, H, Q, M] beyond what is returned. On
+        "triton" three times [B, H, Q, M] floats.
 
     Gradient:
         With the plan held constant:
@@ -126,12 +127,10 @@ def transport_attention(
     if mass is not None:
         mass = _checks.unit_interval(WHO, "mass", mass)
     max_iters, tol = _checks.stopping(WHO, max_iters, tol)
-    chosen = _dispatch.resolve(WHO, backend, query.device)
+    chosen = _dispatch.resolve(WHO, backend, query.device, dtype)
     stored = dtype  # of what the kernels read
-    if chosen == "cuda":
-        _dispatch.refuse_on_cuda(WHO, dtype)
-        if query.dtype == key.dtype == attention.dtype and not differentiable_plan:
-            stored = attention.dtype
+    if chosen in ("cuda", "triton") and query.dtype == key.dtype == attention.dtype and not differentiable_plan:
+        stored = attention.dtype
     wide = attention.to(stored)
     if differentiable_plan:
         refined, plan = _composition(
@@ -202,9 +201,8 @@ def _transport_attention_op(
     """Refined attention and plan (empty unless asked for) on one back end."""
     options: dict[str, Any] = {"epsilon": epsilon, "tau": tau, "mass": mass, "row_mask": row_mask}
     options.update(max_iters=max_iters, tol=tol, gamma=gamma, eta=eta)
-    if _dispatch.compiled("transport_attention", backend):
-        from ._compiled.cost import transport_attention as fused
-
+    if _dispatch.has_kernel("transport_attention", backend):
+        fused = _dispatch.kernel("transport_attention", backend)
         return fused(query, key, attention, frame_index, positions, return_plan=return_plan, **options)
     with full_precision(query.device):  # the cost is compared with epsilon: no half precision or TF32 inside
         refined, plan = reference.transport_attention(query, key, attention, frame_index, positions, **options)
@@ -229,10 +227,8 @@ def _held_gradient(grad: Tensor, attention: Tensor, refined: Tensor, row_mask: T
 @torch.library.custom_op("pisces_kernels::transport_attention_backward", mutates_args=())
 def _backward_op(grad: Tensor, attention: Tensor, refined: Tensor, row_mask: Tensor | None, backend: str) -> Tensor:
     """`_held_gradient` on one back end."""
-    if _dispatch.compiled("fusion_gradient", backend):
-        from ._compiled.cost import fusion_gradient
-
-        return fusion_gradient(grad, attention, refined, row_mask)
+    if _dispatch.has_kernel("fusion_gradient", backend):
+        return _dispatch.kernel("fusion_gradient", backend)(grad, attention, refined, row_mask)
     return _held_gradient(grad, attention, refined, row_mask)
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from . import _dispatch, reference
-from ._compiled import gradients as compiled_gradients
 from ._formulas import differentiable_by
 from ._vmap import fold_into_problems
 
@@ -208,9 +207,9 @@ def _unrolled_backward_op(
     """`gradients` as one opaque operator: its loop depends on data, which a traced graph cannot hold."""
     tensors = (grad_f, grad_g, cost, a, b, epsilon, mass, f_init, g_init)
     inputs: list[Any] = [*tensors, tau_a, tau_b, row_mask, col_mask, n_iters, max_iters]
-    if not _dispatch.compiled("unrolled", backend):
+    if not _dispatch.has_kernel("unrolled", backend):
         return gradients(*inputs)
-    *results, sound = compiled_gradients.unrolled(*inputs[:-1])
+    *results, sound = _dispatch.kernel("unrolled", backend)(*inputs[:-1])
     if not bool(sound.all()):  # weights of zero, or something that is not finite
         some = [value[~sound] if isinstance(value, Tensor) else value for value in inputs]
         for result, value in zip(results, gradients(*some), strict=True):

@@ -26,7 +26,7 @@ def test_cpu_extension_is_loaded_and_used(monkeypatch):
     info = pisces_kernels.build_info()
     assert info["instruction_set"] in info["instruction_sets"]
     assert info["instruction_sets"][0] == "baseline"
-    assert _dispatch.resolve("test", None, torch.device("cpu")) == "cpu"
+    assert _dispatch.resolve("test", None, torch.device("cpu"), torch.float32) == "cpu"
     module = _dispatch.extension()
     calls = []
     kernel = module.cpu_sinkhorn_f32

@@ -63,3 +63,16 @@ def test_the_counted_kernels_meet_their_targets():
 def test_fewer_digits_are_not_slower(precision):
     times = [gpu_report.points(*gpu_report.W4, name, A100).predicted(A100)[0] for name in (precision, "bf16")]
     assert times[1] <= times[0]
+
+
+def test_the_triton_kernels_stand_beside_the_others():
+    n_problems, n_rows, n_cols, n_iters = gpu_report.W1
+    ours, triton = gpu_report.dense(*gpu_report.W1, H100), gpu_report.dense_triton(*gpu_report.W1, H100)
+    assert triton.instructions / (n_problems * n_rows * n_cols * n_iters) <= 17
+    assert triton.host_reads == 0
+    assert triton.predicted(H100)[0] > ours.predicted(H100)[0]  # K is not on chip
+    n_points, n_others, _, n_iters = gpu_report.W4
+    for precision in ("tf32", "bf16"):
+        streamed = gpu_report.points_triton(*gpu_report.W4, precision, H100)
+        assert streamed.instructions / (2 * n_points * n_others * n_iters) <= 6
+    assert "ours, Triton" in gpu_report.attention_rows(H100)

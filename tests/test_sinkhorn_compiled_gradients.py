@@ -102,8 +102,8 @@ def test_float32_at_given_potentials(kind, epsilon):
         # Which caps of an exact mass are slack must not depend on the precision.
         inputs = (*grads, cost, a, b, result.epsilon, *(snapped(potential) for potential in (result.f, result.g)))
         options = (*result.tau, kind == "mass", None, None)
-        narrow = _implicit_backward_op(*inputs, *options)
-        wide = _implicit_backward_op(*(value.double() for value in inputs), *options)
+        narrow = _implicit_backward_op(*inputs, *options, "cpu")
+        wide = _implicit_backward_op(*(value.double() for value in inputs), *options, "cpu")
         for one, other in zip(narrow, wide, strict=True):
             gap = (one.double() - other).abs().max() / (1 + other.abs().max())
             assert gap < 2e-6 / epsilon, (shape, gap)
@@ -244,13 +244,13 @@ def test_operators_pass_opcheck():
     solved = [t.requires_grad_() for t in (cost, f, g, a, b, eps)]
     masks = (random_mask(2, 4), None)
     for logarithm in (False, True):
-        torch.library.opcheck(_plan._plan_op, (*solved, *masks, logarithm))
-    torch.library.opcheck(_plan._sums_op, (*solved, *masks))
+        torch.library.opcheck(_plan._plan_op, (*solved, *masks, logarithm, "cpu"))
+    torch.library.opcheck(_plan._sums_op, (*solved, *masks, "cpu"))
     torch.library.opcheck(
-        _plan._backward_op, (torch.randn(2, 4, 6, dtype=torch.float64), None, None, None, *solved, *masks)
+        _plan._backward_op, (torch.randn(2, 4, 6, dtype=torch.float64), None, None, None, *solved, *masks, "cpu")
     )
     grads = (torch.randn(2, 4, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64))
-    torch.library.opcheck(_implicit_backward_op, (*grads, cost, a, b, eps, f, g, 0.9, 0.8, False, *masks))
+    torch.library.opcheck(_implicit_backward_op, (*grads, cost, a, b, eps, f, g, 0.9, 0.8, False, *masks, "cpu"))
     # The unrolled gradient's own gradient runs as many iterations as the data ask for, which no traced graph can.
     n_iters = torch.tensor([2, 3], dtype=torch.int32)
     for backend in ("reference", "cpu"):

@@ -1,0 +1,125 @@
+"""The Triton kernels' tests run twice: in Triton's interpreter, in a process of their own, and on a GPU.
+
+    TRITON_INTERPRET=1 python -m pytest tests/triton     # the interpreter reads the variable when triton is imported
+    python -m pytest tests/triton                        # on a device; without one there is nothing to collect
+
+In the interpreter every tensor that a kernel reads lies between NaN (masks: between True), and every result starts as
+NaN between canaries: what is read or written outside shows. The interpreter itself would not say so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    collect_ignore_glob = ["*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m gpu` selects these tests where they run on a device."""
+    for item in items:
+        if not INTERPRETED and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+
+
+BORDER = 128  # entries before and after a tensor; a multiple of 16 bytes keeps it aligned
+CANARY = {torch.float32: -1.7e38, torch.float64: -1.7e308, torch.int32: -123456789, torch.uint8: 211}
+
+
+class Borders:
+    """Copies of inputs and fresh results with borders that say when something was there."""
+
+    def __init__(self) -> None:
+        self.results: list[tuple[Tensor, Tensor]] = []
+
+    def read(self, tensor: Tensor | None) -> Tensor | None:
+        """A contiguous copy between NaN."""
+        if tensor is None:
+            return None
+        tensor = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+        poison = 1 if tensor.dtype == torch.uint8 else 2**30 if tensor.dtype == torch.int32 else torch.nan
+        room = torch.full((tensor.numel() + 2 * BORDER,), poison, dtype=tensor.dtype)
+        inside = room[BORDER : BORDER + tensor.numel()].view(tensor.shape)
+        return inside.copy_(tensor)
+
+    def empty(self, shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Poisoned memory between canaries."""
+        size = torch.Size(shape).numel()
+        room = torch.full((size + 2 * BORDER,), CANARY.get(dtype, 0), dtype=dtype)
+        inside = room[BORDER : BORDER + size]
+        if dtype.is_floating_point:
+            inside.fill_(torch.nan)
+        self.results.append((room, inside))
+        return inside.view(tuple(shape))
+
+    def check(self) -> None:
+        """Fail if a border was written to."""
+        for room, _ in self.results:
+            canary = room.new_tensor(CANARY.get(room.dtype, 0))
+            for border in (room[:BORDER], room[-BORDER:]):
+                assert torch.equal(border, canary.expand_as(border)), "a kernel wrote outside of its result"
+
+
+_PATCHED: set[int] = set()
+
+
+def call_device_function(self: Any, *arguments: Any, **options: Any) -> Any:
+    """As the interpreter does it, but what a module knows of triton.language is patched once, not at every call: that
+    takes most of its time."""
+    from triton.runtime import interpreter
+
+    if id(self.fn.__globals__) not in _PATCHED:
+        interpreter._patch_lang(self.fn)
+        _PATCHED.add(id(self.fn.__globals__))
+    return self.rewrite()(*arguments, **options)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[str]:
+    """Where the tensors are: "cpu" with the interpreter in the place of the device, or "cuda"."""
+    if not INTERPRETED:
+        yield "cuda"
+        return
+    from triton.runtime import interpreter
+
+    from pisces_kernels import _dispatch
+    from pisces_kernels._triton import _launch
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_device_function)
+    borders = Borders()
+    monkeypatch.setattr(_dispatch, "why_not", lambda backend: None)
+    monkeypatch.setattr(_dispatch, "kind", lambda device: "cuda")
+    monkeypatch.setattr(_launch, "read", borders.read)
+    monkeypatch.setattr(_launch, "empty", borders.empty)
+    yield "cpu"
+    borders.check()
+
+
+@pytest.fixture(params=["alone", "team"])
+def team(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Programs that solve a problem: one, or several that wait for each other."""
+    if request.param == "team" and INTERPRETED:
+        from interpreter import run_programs_together
+
+        from pisces_kernels._triton import _launch
+
+        monkeypatch.setattr(_launch, "multiprocessors", lambda device: 8)
+        run_programs_together(monkeypatch)
+    return str(request.param)
+
+
+@pytest.fixture
+def small_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 columns in the interpreter, so that small problems have several."""
+    if INTERPRETED:
+        from pisces_kernels._triton import _launch
+
+        monkeypatch.setattr(_launch, "lanes", lambda: 4)
