@@ -171,7 +171,11 @@ def gradient_kernel(
 ):  # fmt: skip
     """Find u, and write the gradients of the cost [P, N, M] and of the longer side's weights [P, m].
 
-    Parts: sum_j exp(x) / t u [P, tiles, n], and of epsilon's gradient [P, tiles] all but what follows from v and s.
+    Parts: sum_j exp(x) / t u [P, tiles, n], and of epsilon's gradient [P, tiles]
+
+        sum b exp(x) / s v (x - log s) + a exp(x) / t u (x - log t),
+
+    where BALANCED without -sum v log s, which does not ask for the cost.
 
     Args:
         v_ptr, short_log_ptr: [P, n], v and log2 of s. Not BALANCED.
@@ -247,7 +251,9 @@ def gradient_kernel(
         u = tau_long * (grad - b_there * density)
         to_long = -epsilon * density
     tl.store(to_long_ptr + start_long + offs_l, tl.where(longs, to_long, 0.0), mask=offs_l < n_long - first)
-    total = -u * log_t * LN2
+    total = tl.zeros((LONG,), tl.float32)
+    if BALANCED:
+        total -= u * log_t
     moved = tl.zeros((), tl.int64)
     for start in range(0, n_short, SHORT):
         offs_s = start + tl.arange(0, SHORT)
@@ -255,24 +261,27 @@ def gradient_kernel(
         x = exponents(cost_ptr + moved, offs, shorts, longs, f, g, a, b, inverse_epsilon)
         a_there = tl.maximum(a, 0.0)
         share = tl.exp2(x - log_t[None, :])
-        if BALANCED:
+        if BALANCED:  # logarithms of s and t are about 0
             alpha = tl.load(alpha_ptr + offs_s, mask=shorts, other=0.0)
             alpha_rest = tl.load(alpha_rest_ptr + offs_s, mask=shorts, other=0.0)
             loose = tl.load(loose_ptr + offs_s, mask=shorts, other=0.0)
             distance = ((alpha[:, None] - mean[None, :]) + alpha_rest[:, None]) - rest[None, :]
             to_cost = a_there[:, None] * (distance * q[None, :] + grad[None, :]) + loose[:, None] * q[None, :]
             to_cost *= share
-        else:
+            total += tl.sum(to_cost * finite(x), 0)
+        else:  # they may be large, but what is exponentiated is small where it counts
             log_s = tl.load(short_log_ptr + offs_s, mask=shorts, other=0.0)
             v = tl.load(v_ptr + offs_s, mask=shorts, other=0.0)
             to_cost = tl.exp2(x - log_s[:, None]) * v[:, None] * b_there[None, :]
-            to_cost += share * u[None, :] * a_there[:, None]
+            from_long = share * u[None, :] * a_there[:, None]
+            by_exponent = to_cost * finite(x - log_s[:, None]) + from_long * finite(x - log_t[None, :])
+            total += tl.sum(by_exponent, 0)
+            to_cost += from_long
         tl.store(part_sums_ptr + parts_at + offs_s, tl.sum(share * u[None, :], 1), mask=offs_s < n_short)
-        total += tl.sum(to_cost * finite(x), 0) * LN2
         inside = (offs_s < n_short)[:, None] & (offs_l < n_long - first)[None, :]
         tl.store(to_cost_ptr + moved + offs, to_cost, mask=inside)
         moved += SHORT * stride_short
-    tl.store(totals_ptr + program, tl.sum(total, 0))
+    tl.store(totals_ptr + program, tl.sum(total, 0) * LN2)
 
 
 class _Side:
@@ -446,6 +455,8 @@ def implicit(
     _launch.launch(gradient_kernel, (batch.programs,), *arguments, BALANCED=batch.balanced, **batch.options)
     by_weight = -epsilon.double().unsqueeze(-1) * part_sums.sum(1, dtype=torch.float64)
     to_short = torch.where(short.exists, by_weight - batch.drift * short.potential, 0.0).to(a.dtype)
-    to_epsilon = totals.sum(1, dtype=torch.float64) - math.log(2) * (v * short_log).sum(-1)
+    to_epsilon = totals.sum(1, dtype=torch.float64)
+    if batch.balanced:
+        to_epsilon = to_epsilon - math.log(2) * (v * short_log).sum(-1)
     to_a, to_b = (to_long, to_short) if batch.turned else (to_short, to_long)
     return to_cost, to_a, to_b, to_epsilon.to(epsilon.dtype), to_mass, sound

@@ -80,8 +80,10 @@ def assert_potentials(got: Any, want: Any, atol: float = 2e-5) -> None:
     assert torch.equal(got.n_iters.cpu(), want.n_iters)
 
 
-@pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize(("epsilon", "tau"), [(0.2, 1.0), (0.05, (0.9, 0.8)), (0.01, 0.9)])
+@pytest.mark.parametrize(
+    ("cost", "epsilon", "tau"),
+    [("sqeuclidean", 0.2, 1.0), ("sqeuclidean", 0.01, 0.9), ("cosine", 0.05, (0.9, 0.8)), ("cosine", 0.01, 0.9)],
+)
 def test_equals_the_reference(team, device, cost, epsilon, tau):
     x, y = clouds(size(20, 80), size(130, 300), size(3, 40))
     tensors = {**masks(x, y), "a": weights(x), "b": weights(y)}
@@ -155,8 +157,8 @@ def test_gradients(device, cost):
 
 
 def test_divergence(device):
-    x, y = clouds(30, 40, 4)
-    options: dict[str, Any] = {"epsilon": 0.5, "max_iters": 60, "tol": 1e-4}
+    x, y = clouds(9, 14, 4)
+    options: dict[str, Any] = {"epsilon": 3.0, "max_iters": 20, "tol": 1e-4}
     got = sinkhorn_divergence(x.to(device), y.to(device), backend="triton", **options)
     want = sinkhorn_divergence(x.double(), y.double(), backend="reference", **options)
     torch.testing.assert_close(got.cpu().double(), want, atol=5e-5, rtol=0)

@@ -36,9 +36,16 @@ def compare(device: str, cost: Tensor, options: dict[str, Any], **tensors: Tenso
 
 
 @pytest.mark.parametrize(
-    ("dtype", "n_rows"), [(torch.float32, 3), (torch.float32, 71), (torch.bfloat16, 17), (torch.float16, 40)]
+    ("dtype", "n_rows", "epsilon", "tau"),
+    [
+        (torch.float32, 3, 0.001, (1.0, 0.9)),
+        (torch.float32, 40, 0.05, 0.9),
+        (torch.float32, 71, 0.01, 1.0),
+        (torch.float32, 71, 0.05, 0.9),
+        (torch.bfloat16, 17, 0.001, (1.0, 0.9)),
+        (torch.float16, 40, 0.01, 1.0),
+    ],
 )
-@pytest.mark.parametrize(("epsilon", "tau"), [(0.05, 0.9), (0.01, 1.0), (0.001, (1.0, 0.9))])
 def test_equals_the_reference(device, small_tiles, team, dtype, n_rows, epsilon, tau):
     n_cols = 40 + int(torch.randint(30, ()))
     cost = torch.rand(2, n_rows, n_cols).to(dtype)
