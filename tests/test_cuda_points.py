@@ -78,6 +78,6 @@ def test_what_is_not_there_is_said(device):
         sinkhorn_points(x, y, epsilon=0.1, precision="fp8", backend="cuda")
 
 
-def test_precision_is_one_of_cuda():
-    with pytest.raises(ValueError, match="backend='cuda' only"):
+def test_precision_is_one_of_gpus():
+    with pytest.raises(ValueError, match="backend='cuda' or 'triton' only"):
         sinkhorn_points(torch.rand(4, 3), torch.rand(5, 3), epsilon=0.1, precision="bf16", backend="reference")
