@@ -89,7 +89,7 @@ def transport_attention(
     Memory:
         On the "cpu" back end one head's cost a thread; on "cuda" [B, Q, M] floats, and the kernel matrices of the heads
         that run at the same time where they do not fit on chip; never [B, H, Q, M] beyond what is returned. On
-        "triton" three times [B, H, Q, M] floats.
+        "triton" the cost and its kernel matrix, [B, H, Q, M] floats each.
 
     Gradient:
         With the plan held constant:
