@@ -15,7 +15,7 @@ help:  ## this list
 demo: $(READY)  ## the main job: captioned videos in, a better text-to-video generator out, with pictures
 	$(BIN)/pisces demo --output $(OUTPUT)
 
-test: $(READY)  ## all tests
+test: $(READY)  ## the Python tests
 	$(BIN)/python -m pytest
 
 test-peers: $(READY)  ## POT's own published tests on our drop-in functions; downloads POT's source distributions to $(PEERS)
