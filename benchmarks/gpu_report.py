@@ -231,7 +231,7 @@ def dense_triton(n_problems: int, n_rows: int, n_cols: int, n_iters: int, device
 
 def points_triton(n_rows: int, n_cols: int, dim: int, n_iters: int, precision: str, device: Device) -> Work:
     """All iterations in one cooperative launch in Triton, between packing of both clouds and writing."""
-    per_pair = triton_instructions(f"_solve_kernel, points {precision}", device)
+    per_pair = triton_instructions(f"solve_kernel, points {precision}", device)
     work = points(n_rows, n_cols, dim, n_iters, precision, device)
     return replace(work, launches=5, instructions=2 * n_rows * n_cols * n_iters * per_pair)
 

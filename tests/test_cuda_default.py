@@ -35,7 +35,7 @@ def test_what_the_kernels_lack_runs_on_the_reference():
     assert sinkhorn_points(x, y, epsilon=0.1, mass=0.5).backend == "reference"
 
 
-def test_compile_and_a_captured_graph():
+def test_a_captured_graph_repeats_the_call():
     query, key = torch.randn(1, 5, 16, device="cuda"), torch.randn(1, 40, 16, device="cuda")
     attention = torch.rand(1, 2, 5, 40, device="cuda").softmax(-1)
     geometry = torch.arange(40, device="cuda") // 8, torch.rand(40, 2, device="cuda")

@@ -40,8 +40,8 @@ def test_the_loops_that_take_the_time_are_short(budget):
         return budget[name]["sm_90"]["instructions"]
 
     assert 5 < on_sm_90("sinkhorn_kernel, dense 40 x 2049") <= 17
-    assert 4 < on_sm_90("_solve_kernel, points bf16") <= 6
-    assert 4 < on_sm_90("_solve_kernel, points tf32") <= 6
+    assert 4 < on_sm_90("solve_kernel, points bf16") <= 6
+    assert 4 < on_sm_90("solve_kernel, points tf32") <= 6
 
 
 def test_a_solve_is_one_launch_and_within_the_budget(budget):

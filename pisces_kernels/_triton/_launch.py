@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from triton.runtime.autotuner import Autotuner
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are defined, that is now
 Grid = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
 
 
@@ -38,19 +39,14 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def since_hopper() -> bool:
-    """Whether the device is NVIDIA's with compute capability 9.0 or more; in the interpreter, yes."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return True
-    architecture = triton.runtime.driver.active.get_current_target().arch  # AMD's are strings
-    return isinstance(architecture, int) and architecture >= 90
+def architecture() -> int | str:
+    """Compute capability of an NVIDIA device times ten, or the name of AMD's ("gfx942"); 90 in the interpreter."""
+    return 90 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
 
 
 def lanes() -> int:
     """Threads of a warp: 32 on NVIDIA, 64 on AMD's data centre devices."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return 32
-    return int(triton.runtime.driver.active.get_current_target().warp_size)
+    return 32 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
 def launch(kernel: Any, grid: Grid, *arguments: Any, **options: Any) -> None:
@@ -60,8 +56,7 @@ def launch(kernel: Any, grid: Grid, *arguments: Any, **options: Any) -> None:
     `torch.use_deterministic_algorithms(True)`, in a graph's capture and in the interpreter its first configuration
     runs: the sums of another one have another order.
     """
-    interpreted = not isinstance(kernel.fn if isinstance(kernel, Autotuner) else kernel, triton.runtime.JITFunction)
-    fixed = interpreted or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing()
+    fixed = INTERPRETED or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing()
     if isinstance(kernel, Autotuner) and fixed:
         options = {**kernel.configs[0].all_kwargs(), **options}
         kernel = kernel.fn

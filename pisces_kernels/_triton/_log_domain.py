@@ -9,7 +9,7 @@ exact mass it is the cap min(-L_i - level, 0), where the level makes the side's 
 import triton
 import triton.language as tl
 
-from ._sides import WEIGHT, log_weight, potential, set_potential
+from ._sides import WEIGHT, left_of_rows, log_weight, potential, set_potential
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _entries(cost_ptr, offs_i, offs_j, n_cols, there):
 
 @triton.jit
 def sum_rows(
-    cost_ptr, rows_ptr, n_rows, row_stride, cols_ptr, n_cols, col_stride, turn, scale, own_ptr, member, n_tiles,
+    cost_ptr, rows_ptr, row_stride, cols_ptr, n_cols, col_stride, turn, scale, own_ptr, member, n_tiles,
     TEAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Leave maximum and sum of every row over this program's columns in its slot."""
@@ -56,11 +56,8 @@ def _row_log_sums(
     slots_ptr, meeting, n_slot, row_stride, offs, TEAM: tl.constexpr
 ):  # fmt: skip
     """L of some rows from what all programs left."""
-    offs_t = tl.arange(0, TEAM)[:, None]
-    inside = (offs_t < TEAM) & (offs < row_stride)[None, :]
-    at = slots_ptr + ((meeting % 2) * TEAM + offs_t) * n_slot + offs[None, :]
-    top = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-    total = tl.load(at + row_stride, mask=inside, other=0.0, cache_modifier=".cg")
+    top = left_of_rows(slots_ptr, meeting, n_slot, offs, TEAM)
+    total = left_of_rows(slots_ptr, meeting, n_slot, row_stride + offs, TEAM)
     highest = tl.max(top, 0)
     level = tl.where(highest == float("-inf"), 0.0, highest)
     return highest + tl.log2(tl.sum(total * tl.exp2(top - level[None, :]), 0))
@@ -89,7 +86,7 @@ def update_rows(
 
 @triton.jit
 def update_columns(
-    cost_ptr, rows_ptr, n_rows, row_stride, cols_ptr, n_cols, col_stride, turn, scale, tau, sums_ptr, member, n_tiles,
+    cost_ptr, rows_ptr, row_stride, cols_ptr, n_cols, col_stride, turn, scale, tau, sums_ptr, member, n_tiles,
     HAS_MASS: tl.constexpr, TEAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """New potentials of this program's columns (with a mass only their L, into `sums_ptr`); returns the largest change.

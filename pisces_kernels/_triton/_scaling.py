@@ -11,7 +11,7 @@ thread, and (up to 64 rows) each element of K is read once an iteration.
 import triton
 import triton.language as tl
 
-from ._sides import LOG, REFERENCE, SCALED, WEIGHT, row_sums
+from ._sides import LOG, REFERENCE, SCALED, WEIGHT, left_of_rows
 
 # Logs of scalings outside of these are absorbed into the references; sums outside of theirs are not trusted.
 SCALING_LOW, SCALING_HIGH = tl.constexpr(-69.0), tl.constexpr(34.5)
@@ -94,7 +94,7 @@ def scale_rows(
     trouble = tl.zeros((ROWS,), tl.int32)
     for i in range(0, row_stride, ROWS):
         offs = i + tl.arange(0, ROWS)
-        total = row_sums(slots_ptr, meeting, n_slot, offs, offs < row_stride, TEAM)
+        total = tl.sum(left_of_rows(slots_ptr, meeting, n_slot, offs, TEAM), 0)
         weight = tl.load(rows_ptr + WEIGHT * row_stride + offs)
         reference = tl.load(rows_ptr + REFERENCE * row_stride + offs)
         before = tl.load(rows_ptr + (LOG + turn) * row_stride + offs)

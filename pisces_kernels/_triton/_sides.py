@@ -83,24 +83,21 @@ def vote(own_ptr, n_votes, number, value):
 
 
 @triton.jit
-def votes(slots_ptr, meeting, n_slot, n_votes, number, nothing, TEAM: tl.constexpr):
-    """What all members left of one number at a meeting, [TEAM]; `nothing` beyond the team."""
-    offs_t = tl.arange(0, TEAM)
-    at = slots_ptr + ((meeting % 2) * TEAM + offs_t) * n_slot + n_votes + number
-    return tl.load(at, mask=offs_t < TEAM, other=nothing, cache_modifier=".cg")
+def votes(slots_ptr, meeting, n_slot, n_votes, number, TEAM: tl.constexpr):
+    """What all members left of one number at a meeting. [TEAM]"""
+    at = slots_ptr + ((meeting % 2) * TEAM + tl.arange(0, TEAM)) * n_slot + n_votes + number
+    return tl.load(at, cache_modifier=".cg")
 
 
 @triton.jit
-def row_sums(slots_ptr, meeting, n_slot, offs, inside, TEAM: tl.constexpr):
-    """Sums of some rows over the whole team."""
-    offs_t = tl.arange(0, TEAM)
-    at = slots_ptr + ((meeting % 2) * TEAM + offs_t[:, None]) * n_slot + offs[None, :]
-    parts = tl.load(at, mask=(offs_t[:, None] < TEAM) & inside[None, :], other=0.0, cache_modifier=".cg")
-    return tl.sum(parts, 0)
+def left_of_rows(slots_ptr, meeting, n_slot, offs, TEAM: tl.constexpr):
+    """What all members left of some rows at a meeting. [TEAM, rows]"""
+    at = slots_ptr + ((meeting % 2) * TEAM + tl.arange(0, TEAM)[:, None]) * n_slot + offs[None, :]
+    return tl.load(at, cache_modifier=".cg")
 
 
 @triton.jit
 def gather(arrived_ptr, meeting, TEAM: tl.constexpr):
-    """Meet the team; returns the number of the next meeting."""
+    """Meet the team after its meeting of that number; returns the number of this one."""
     meet(arrived_ptr, meeting + 1, TEAM)
     return meeting + 1

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from ._team import meet
+from ._units import LN2
 
-LN2 = tl.constexpr(0.6931471805599453)
 FAR = tl.constexpr(60.0)  # powers of two that a log-sum may move from its reference, with float32's limits far away
 NOT_FINITE, HAS_ROWS, HAS_COLS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)  # flags of a problem
 # Vectors of all points: the norm is inf where there is no point; `last` are the last log-sums.
@@ -115,7 +115,7 @@ def _flags(flags_ptr, count):
 
 
 @triton.jit
-def _solve_kernel(
+def solve_kernel(
     points_ptr, state_ptr, parts_ptr, flags_ptr, counters_ptr,
     problems, count, all_rows, n_rows, n_cols, width, row_splits, col_splits, max_iters, tau_a, tau_b, tol,
     TURNS: tl.constexpr, SELF: tl.constexpr, BEGIN: tl.constexpr,
@@ -249,7 +249,7 @@ def _tuned(rows: int, *configs: tuple[int, int, int, int]) -> tuple[Any, int]:
         key=["CHUNK", "RESIDENT", "PARTS", "INPUT"],
         reset_to_zero=["counters_ptr"],  # every trial is a whole solve, from the same start
         restore_value=["state_ptr"],
-    )(_solve_kernel)
+    )(solve_kernel)
     return kernel, rows
 
 

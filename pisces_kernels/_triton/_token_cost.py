@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import reference
 from . import _launch
 from .fusion import is_selected, split
 
 COLS = 512  # columns of a program that goes over rows
 PROGRAMS = 512  # that fill a GPU: with fewer, rows are split, too
-RANGE_FLOOR = tl.constexpr(1e-6)  # reference.RANGE_FLOOR
+RANGE_FLOOR = tl.constexpr(reference.RANGE_FLOOR)
 LEAST_NORM = tl.constexpr(1e-12)  # torch.nn.functional.normalize
 
 

@@ -19,11 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import reference
 from . import _launch
+from ._units import LOG2_E
 
 CHUNK = 4096  # most columns of a program; parts depend on M alone, so that a head does not depend on its batch
-LOG2_E = tl.constexpr(1.4426950408889634)
-FLOOR = tl.constexpr(1e-6)  # reference.ATTENTION_FLOOR
+FLOOR = tl.constexpr(reference.ATTENTION_FLOOR)
 
 
 def split(cols: int) -> tuple[int, int, dict[str, int]]:

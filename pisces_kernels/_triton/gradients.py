@@ -29,7 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from .plan import LN2, LOG2_E, exponent
+from ._units import LN2, LOG2_E
+from .plan import exponent
 
 # Shorter and longer side of a tile, all of which a warp has; long where the cost is contiguous.
 TILE_OF_ROWS, TILE_OF_COLS = (4, 64), (32, 8)

@@ -18,13 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._units import LN2, LOG2_E
 
 COLS, WARPS = 128, 4  # a thread a column
 MOST_ROWS = 8
 CHUNK = 1024  # columns of a program
 PARTS, ADDED = 8, 128  # of the kernel that adds: parts in one step, sums of a program
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 CEILING = tl.constexpr(40.0)  # of the exponent where the density is multiplied by a weight of zero
 
 

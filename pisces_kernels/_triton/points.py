@@ -12,7 +12,6 @@ tensor cores, and takes three of the four products; AMD's matrix cores have floa
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +38,9 @@ from ._streamed import (
     multiply_add,
 )  # fmt: skip
 from ._team import TOGETHER
+from ._units import LOG2_E
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-HIGHEST = tl.constexpr(80.0 * 1.4426950408889634)  # exponent of a row and a column that both have no weight
+HIGHEST = tl.constexpr(80.0 * LOG2_E.value)  # exponent of a row and a column that both have no weight
 STEP = 32  # points that a program packs
 TILE = 128  # clouds are padded to multiples of it: all tiles divide it
 SIDE, MOST_WIDTH = 64, 128  # of a tile of a product: rows and columns of K, columns of the result
@@ -291,15 +290,14 @@ class _Arithmetic:
     @staticmethod
     def of(precision: str, dim: int) -> _Arithmetic:
         """For points of some features; float32 is never less than it says."""
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        arch = 90 if interpreted else triton.runtime.driver.active.get_current_target().arch
-        amd = isinstance(arch, str)  # "gfx942"; NVIDIA's are numbers
+        arch = _launch.architecture()
+        amd = not isinstance(arch, int)
         parts = 2 if precision == "float32" and not amd else 1
         size = 2 if precision == "bf16" else 4 * parts  # bytes of a feature
         resident = dim <= min(128, 512 // size)
         chunk = max(16, triton.next_power_of_2(dim)) if resident else min(64, 256 // size)
         solver = "amd"
-        if not amd:
+        if isinstance(arch, int):
             deep = "deep, Blackwell" if arch >= 100 else "deep" if arch >= 90 else "deep, before Hopper"
             solver = deep if parts == 2 or chunk * size > 256 else "flat"
         # Products of bfloat16 are exact. Of AMD's devices gfx942 alone multiplies TF32; others take rounded points.
@@ -338,9 +336,8 @@ class _Packed:
     """
 
     def __init__(
-        self, sides: list[_Side], epsilon: Tensor, squared: bool, precision: str = "float32",
-        logs: bool = False,
-    ) -> None:  # fmt: skip
+        self, sides: list[_Side], epsilon: Tensor, squared: bool, precision: str = "float32", logs: bool = False
+    ) -> None:
         like = sides[0].points
         self.problems, _, dim = like.shape
         self.sides, self.arithmetic = sides, _Arithmetic.of(precision, dim)
@@ -496,7 +493,6 @@ def product(
         rows, cols, packed.sides[0].padded, packed.sides[1].padded, arithmetic.width, width,
         0 if left is None else left.shape[-1],
         PARTS=arithmetic.parts, INPUT=arithmetic.input, MATRIX=arithmetic.matrix,
-        ROWS=SIDE, COLS=SIDE // 2, CHUNK=min(arithmetic.chunk, 32), WIDTH=piece, num_warps=8,
-        num_stages=2,
+        ROWS=SIDE, COLS=SIDE // 2, CHUNK=min(arithmetic.chunk, 32), WIDTH=piece, num_warps=8, num_stages=2,
     )  # fmt: skip
     return result

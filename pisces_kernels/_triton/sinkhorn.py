@@ -34,9 +34,8 @@ from ._sides import (
     votes,
 )
 from ._team import TOGETHER
+from ._units import LN2, LOG2_E
 
-LN2 = tl.constexpr(math.log(2.0))
-LOG2_E = tl.constexpr(1.0 / math.log(2.0))
 SIZES = ("n_rows", "n_cols", "row_stride", "col_stride", "max_iters")  # one compilation serves them all
 WARPS = 4
 LARGEST_TEAM = 64
@@ -65,7 +64,7 @@ def _start_close(rows_ptr, stride, n_rows, low, BLOCK: tl.constexpr):
 
 @triton.jit
 def _see_cost(
-    cost_ptr, rows_ptr, n_rows, row_stride, cols_ptr, n_cols, col_stride, member, n_tiles,
+    cost_ptr, rows_ptr, row_stride, cols_ptr, n_cols, col_stride, member, n_tiles,
     TEAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Smallest and largest entry of this program's columns, and how many are not finite."""
@@ -168,7 +167,7 @@ def sinkhorn_kernel(
         mass_b, top_g, col_bad = mass_b + weight, tl.maximum(top_g, start), col_bad + bad
     tl.debug_barrier()
     low, high, bad = _see_cost(
-        cost_ptr, rows_ptr, n_rows, row_stride, cols_ptr, n_cols, col_stride, member, n_tiles, TEAM, BLOCK
+        cost_ptr, rows_ptr, row_stride, cols_ptr, n_cols, col_stride, member, n_tiles, TEAM, BLOCK
     )
     own_ptr = slot(slots_ptr, member, 1, n_slot, TEAM)
     vote(own_ptr, n_votes, 0, tl.sum(mass_b, 0))
@@ -178,10 +177,10 @@ def sinkhorn_kernel(
     vote(own_ptr, n_votes, 4, tl.max(top_g, 0))
     meeting = gather(arrived_ptr, 0, TEAM)
     total_a = tl.sum(mass_a, 0)
-    total_b = tl.sum(votes(slots_ptr, meeting, n_slot, n_votes, 0, 0.0, TEAM), 0)
-    broken = tl.sum(votes(slots_ptr, meeting, n_slot, n_votes, 1, 0.0, TEAM), 0) + tl.sum(row_bad, 0)
-    low = tl.min(votes(slots_ptr, meeting, n_slot, n_votes, 2, float("inf"), TEAM), 0)
-    high = tl.max(votes(slots_ptr, meeting, n_slot, n_votes, 3, float("-inf"), TEAM), 0)
+    total_b = tl.sum(votes(slots_ptr, meeting, n_slot, n_votes, 0, TEAM), 0)
+    broken = tl.sum(votes(slots_ptr, meeting, n_slot, n_votes, 1, TEAM), 0) + tl.sum(row_bad, 0)
+    low = tl.min(votes(slots_ptr, meeting, n_slot, n_votes, 2, TEAM), 0)
+    high = tl.max(votes(slots_ptr, meeting, n_slot, n_votes, 3, TEAM), 0)
     empty = ((total_a <= 0) | (total_b <= 0)).to(tl.int32)
     broken += (~((total_a < float("inf")) & (total_b < float("inf")))).to(tl.float32)
     running = (broken == 0) & (empty == 0)
@@ -194,7 +193,7 @@ def sinkhorn_kernel(
             level += tl.where(running, top, 0.0)
             _shift_side(rows_ptr, row_stride, 0, 1, n_rows, -top, ROWS)
         if g_init_ptr is not None:
-            top = tl.max(votes(slots_ptr, meeting, n_slot, n_votes, 4, float("-inf"), TEAM), 0) * scale
+            top = tl.max(votes(slots_ptr, meeting, n_slot, n_votes, 4, TEAM), 0) * scale
             level += tl.where(running, top, 0.0)
             _shift_side(cols_ptr, col_stride, member, TEAM, n_cols, -top, BLOCK)
 
@@ -241,8 +240,8 @@ def sinkhorn_kernel(
                 vote(own_ptr, n_votes, 0, by_cols)
                 vote(own_ptr, n_votes, 1, worse.to(tl.float32))
                 meeting = gather(arrived_ptr, meeting, TEAM)
-                by_cols = tl.max(votes(slots_ptr, meeting, n_slot, n_votes, 0, 0.0, TEAM), 0)
-                worse = tl.max(votes(slots_ptr, meeting, n_slot, n_votes, 1, 0.0, TEAM), 0).to(tl.int32)
+                by_cols = tl.max(votes(slots_ptr, meeting, n_slot, n_votes, 0, TEAM), 0)
+                worse = tl.max(votes(slots_ptr, meeting, n_slot, n_votes, 1, TEAM), 0).to(tl.int32)
                 moved = tl.maximum(moved, by_cols)
                 trouble = tl.maximum(trouble, worse)
                 good = (trouble < BAD).to(tl.int32)
@@ -268,7 +267,7 @@ def sinkhorn_kernel(
             if half == 0:
                 own_ptr = slot(slots_ptr, member, meeting + 1, n_slot, TEAM)
                 sum_rows(
-                    cost_ptr, rows_ptr, n_rows, row_stride, cols_ptr, n_cols, col_stride, turn, scale, own_ptr, member,
+                    cost_ptr, rows_ptr, row_stride, cols_ptr, n_cols, col_stride, turn, scale, own_ptr, member,
                     n_tiles, TEAM, BLOCK,
                 )  # fmt: skip
                 meeting = gather(arrived_ptr, meeting, TEAM)
@@ -279,7 +278,7 @@ def sinkhorn_kernel(
                 if HAS_MASS:
                     moved, _ = set_caps(rows_ptr, row_stride, row_sums_ptr, 0, 1, n_rows, turn, mass, ROWS)
             by_cols = update_columns(
-                cost_ptr, rows_ptr, n_rows, row_stride, cols_ptr, n_cols, col_stride, turn, scale, tau_b, col_sums_ptr,
+                cost_ptr, rows_ptr, row_stride, cols_ptr, n_cols, col_stride, turn, scale, tau_b, col_sums_ptr,
                 member, n_tiles, HAS_MASS, TEAM, BLOCK,
             )  # fmt: skip
             if HAS_MASS:
@@ -287,7 +286,7 @@ def sinkhorn_kernel(
                 by_cols, level = set_caps(cols_ptr, col_stride, col_sums_ptr, member, TEAM, n_cols, turn, mass, BLOCK)
             vote(slot(slots_ptr, member, meeting + 1, n_slot, TEAM), n_votes, 0, by_cols)
             meeting = gather(arrived_ptr, meeting, TEAM)
-            found = votes(slots_ptr, meeting, n_slot, n_votes, 0, 0.0, TEAM)
+            found = votes(slots_ptr, meeting, n_slot, n_votes, 0, TEAM)
             unclear = tl.max((found != found).to(tl.int32), 0) > 0
             moved = tl.maximum(tl.maximum(moved, tl.max(found, 0)), tl.abs(level - before))
             moved = tl.where(unclear, float("nan"), moved)
@@ -311,8 +310,8 @@ def sinkhorn_kernel(
     vote(own_ptr, n_votes, 0, moment_b)
     vote(own_ptr, n_votes, 1, bad_g.to(tl.float32))
     meeting = gather(arrived_ptr, meeting, TEAM)
-    moment_b = tl.sum(votes(slots_ptr, meeting, n_slot, n_votes, 0, 0.0, TEAM), 0)
-    broken += tl.sum(votes(slots_ptr, meeting, n_slot, n_votes, 1, 0.0, TEAM), 0) + bad_f
+    moment_b = tl.sum(votes(slots_ptr, meeting, n_slot, n_votes, 0, TEAM), 0)
+    broken += tl.sum(votes(slots_ptr, meeting, n_slot, n_votes, 1, TEAM), 0) + bad_f
     failed = (broken > 0) & (empty == 0)
     shift_f = level / 2
     shift_g = level / 2
@@ -358,7 +357,9 @@ def sinkhorn(
     rows = min(64, max(8, triton.next_power_of_2(n_rows)))
     warps = WARPS if n_rows <= rows else 2 * WARPS  # 300 x 2049 on an H100: a third faster than with WARPS
     block = warps * _launch.lanes()
-    stages = 2 if _launch.since_hopper() else 1  # tiles of K on their way while one is used; registers spill before
+    arch = _launch.architecture()
+    # Tiles of K that are on their way while one is used. On sm_80 registers would spill; AMD was not tried on a device.
+    stages = 2 if isinstance(arch, int) and arch >= 90 else 1
     row_stride, n_tiles = rows * triton.cdiv(n_rows, rows), triton.cdiv(n_cols, block)
     col_stride, n_slot = n_tiles * block, 2 * row_stride + VOTES.value
     team = _team_size(n_problems, n_tiles, _launch.multiprocessors(cost.device))

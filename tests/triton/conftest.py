@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ class Borders:
     """Copies of inputs and fresh results with borders that say when something was there."""
 
     def __init__(self) -> None:
-        self.results: list[tuple[Tensor, Tensor]] = []
+        self.rooms: list[Tensor] = []
 
     def read(self, tensor: Tensor | None) -> Tensor | None:
         """A contiguous copy between NaN."""
@@ -57,43 +56,30 @@ class Borders:
         inside = room[BORDER : BORDER + size]
         if dtype.is_floating_point:
             inside.fill_(torch.nan)
-        self.results.append((room, inside))
+        self.rooms.append(room)
         return inside.view(tuple(shape))
 
     def check(self) -> None:
         """Fail if a border was written to."""
-        for room, _ in self.results:
+        for room in self.rooms:
             canary = room.new_tensor(CANARY.get(room.dtype, 0))
             for border in (room[:BORDER], room[-BORDER:]):
                 assert torch.equal(border, canary.expand_as(border)), "a kernel wrote outside of its result"
 
 
-_PATCHED: set[int] = set()
-
-
-def call_device_function(self: Any, *arguments: Any, **options: Any) -> Any:
-    """As the interpreter does it, but what a module knows of triton.language is patched once, not at every call: that
-    takes most of its time."""
-    from triton.runtime import interpreter
-
-    if id(self.fn.__globals__) not in _PATCHED:
-        interpreter._patch_lang(self.fn)
-        _PATCHED.add(id(self.fn.__globals__))
-    return self.rewrite()(*arguments, **options)
-
-
 @pytest.fixture
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[str]:
+def device(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[str]:
     """Where the tensors are: "cpu" with the interpreter in the place of the device, or "cuda"."""
     if not INTERPRETED:
         yield "cuda"
         return
-    from triton.runtime import interpreter
+    from interpreter import multiply_bfloat16_as_numbers, patch_triton_once
 
     from pisces_kernels import _dispatch
     from pisces_kernels._triton import _launch
 
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_device_function)
+    patch_triton_once(monkeypatch)
+    multiply_bfloat16_as_numbers(monkeypatch)
     borders = Borders()
     monkeypatch.setattr(_dispatch, "why_not", lambda backend: None)
     monkeypatch.setattr(_dispatch, "kind", lambda device: "cuda")

@@ -1,7 +1,7 @@
-"""Triton's interpreter with all programs of a grid alive at the same time, so that they can wait for each other.
+"""What the tests change of Triton's interpreter: programs that wait for each other, products of bfloat16, its speed.
 
 As it comes, the interpreter runs one program after the other: a program that waits for a later one never ends. Here
-every program is a thread. Python switches threads between the operations of a program, in an order that nobody
+every program can be a thread. Python switches threads between the operations of a program, in an order that nobody
 controls: results that depend on it are found by chance, not by proof.
 """
 
@@ -12,7 +12,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import triton.language as tl
 from triton.runtime import interpreter
 
 STUCK_SECONDS = 120
@@ -83,3 +85,31 @@ def _as(program: Callable[..., None], start: Callable[..., None]) -> Callable[..
             start(**values)
 
     return Starter()
+
+
+def multiply_bfloat16_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies bfloat16 as the integers of its bits (Triton 3.9): here as the numbers they are."""
+    builder = type(interpreter.interpreter_builder)
+    dot = builder.create_dot
+
+    def wide(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *others: dot(self, wide(a), wide(b), *others))
+
+
+_PATCHED: set[int] = set()
+
+
+def patch_triton_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patch what a module knows of triton.language once, not at every call of a device function: most of the time."""
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        if id(self.fn.__globals__) not in _PATCHED:
+            interpreter._patch_lang(self.fn)
+            _PATCHED.add(id(self.fn.__globals__))
+        return self.rewrite()(*arguments, **options)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)

@@ -4,32 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
-from conftest import INTERPRETED
 from torch import Tensor
-from triton.runtime import interpreter
 
 from pisces_kernels import transport_attention
 from pisces_kernels._triton import _token_cost, fusion
-
-
-@pytest.fixture(autouse=True)
-def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter multiplies bfloat16 as the integers of its bits (Triton 3.9): here as the numbers they are."""
-    if not INTERPRETED:
-        return
-    builder = type(interpreter.interpreter_builder)
-    dot = builder.create_dot
-
-    def wide(handle: Any) -> Any:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *others: dot(self, wide(a), wide(b), *others))
 
 
 @pytest.fixture(params=["one part", "parts"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import INTERPRETED
@@ -15,28 +14,6 @@ from pisces_kernels import sinkhorn_divergence, sinkhorn_points
 from pisces_kernels._triton import _launch
 
 COSTS = ["sqeuclidean", "cosine"]
-
-
-@pytest.fixture(autouse=True)
-def products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter keeps bfloat16 as integers, and multiplies those."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    builder = type(interpreter.interpreter_builder)
-    dot = builder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        numbers = []
-        for factor in (a, b):
-            if factor.dtype.is_bf16():
-                bits = factor.data.astype(np.uint32) << 16
-                factor = interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
-            numbers.append(factor)
-        return dot(self, *numbers, *rest)
-
-    monkeypatch.setattr(builder, "create_dot", create_dot)
 
 
 def size(least: int, most: int) -> int:
