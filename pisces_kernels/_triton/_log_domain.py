@@ -56,8 +56,8 @@ def _row_log_sums(
     slots_ptr, meeting, n_slot, row_stride, offs, TEAM: tl.constexpr
 ):  # fmt: skip
     """L of some rows from what all programs left."""
-    top = left_of_rows(slots_ptr, meeting, n_slot, offs, TEAM)
-    total = left_of_rows(slots_ptr, meeting, n_slot, row_stride + offs, TEAM)
+    top = left_of_rows(slots_ptr, meeting, n_slot, 0, row_stride, offs, float("-inf"), TEAM)
+    total = left_of_rows(slots_ptr, meeting, n_slot, 1, row_stride, offs, 0.0, TEAM)
     highest = tl.max(top, 0)
     level = tl.where(highest == float("-inf"), 0.0, highest)
     return highest + tl.log2(tl.sum(total * tl.exp2(top - level[None, :]), 0))

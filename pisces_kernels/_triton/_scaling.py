@@ -94,7 +94,7 @@ def scale_rows(
     trouble = tl.zeros((ROWS,), tl.int32)
     for i in range(0, row_stride, ROWS):
         offs = i + tl.arange(0, ROWS)
-        total = tl.sum(left_of_rows(slots_ptr, meeting, n_slot, offs, TEAM), 0)
+        total = tl.sum(left_of_rows(slots_ptr, meeting, n_slot, 0, row_stride, offs, 0.0, TEAM), 0)
         weight = tl.load(rows_ptr + WEIGHT * row_stride + offs)
         reference = tl.load(rows_ptr + REFERENCE * row_stride + offs)
         before = tl.load(rows_ptr + (LOG + turn) * row_stride + offs)

@@ -90,10 +90,10 @@ def votes(slots_ptr, meeting, n_slot, n_votes, number, TEAM: tl.constexpr):
 
 
 @triton.jit
-def left_of_rows(slots_ptr, meeting, n_slot, offs, TEAM: tl.constexpr):
-    """What all members left of some rows at a meeting. [TEAM, rows]"""
+def left_of_rows(slots_ptr, meeting, n_slot, number, row_stride, offs, nothing, TEAM: tl.constexpr):
+    """What all members left of the first or second number of some rows at a meeting. [TEAM, rows]"""
     at = slots_ptr + ((meeting % 2) * TEAM + tl.arange(0, TEAM)[:, None]) * n_slot + offs[None, :]
-    return tl.load(at, cache_modifier=".cg")
+    return tl.load(at + number * row_stride, mask=(offs < row_stride)[None, :], other=nothing, cache_modifier=".cg")
 
 
 @triton.jit
