@@ -270,7 +270,10 @@ def attention(shape: tuple[int, int, int, int, int], n_iters: int, device: Devic
 
 
 def attention_triton(shape: tuple[int, int, int, int, int], n_iters: int, device: Device) -> Work:
-    """Similarity, expected places, cost with its range, solve and fusion of a layer in Triton; the cost is stored."""
+    """A layer in Triton: similarity, expected places, cost with its range, solve and fusion; the cost is stored.
+
+    Instructions are the solve's; some torch operations that fill the weights are left out.
+    """
     samples, heads, n_rows, n_cols, dim = shape
     solve = dense_triton(samples * heads, n_rows, n_cols, n_iters, device)
     features, weights = 4 * samples * (n_rows + n_cols) * dim, 4 * samples * heads * n_rows * n_cols
