@@ -110,7 +110,7 @@ int main(int argc, char** argv) {
   Random random(seed_of(argc, argv));
   const auto odd = [&](int64_t low, int64_t high) { return low + random.below(high - low + 1); };
   using S = Storage;
-  run({2, odd(33, 70), odd(129, 300), 0.1, true, S::float32}, random, true);
+  run({2, odd(65, 95), odd(129, 300), 0.1, true, S::float32}, random, true);  // rows never fill their tiles of 32
   run({1, odd(1, 40), odd(1, 150), 0.05, false, S::bfloat16}, random, true);
   run({3, odd(1, 40), odd(1, 40), 0.05, true, S::float16}, random, false);
   run({1, 1, 1, 1.0, false, S::float32}, random, true);
