@@ -1,0 +1,85 @@
+"""Causal and centred convolutions in time, chunk by chunk: in the place of padding stands what a cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pisces.decode.cache import Cache
+from pisces.decode.stream import Position
+
+
+@dataclass(frozen=True)
+class StreamedConv:
+    """A convolution over (time, height, width) whose ends of time repeat the first and the last frame.
+
+    The frames that come out of all chunks are those of the convolution over the whole video. With ``ahead`` frames of
+    context behind the current one, the output lags ``ahead`` frames, which the last chunk gives out.
+
+    Args:
+        convolve: the convolution with what it pads in space; none in time.
+        kernel: frames that one output frame reads.
+        ahead: how many of them come after it: 0 is causal.
+        channels: of its output.
+    """
+
+    convolve: Callable[[Tensor], Tensor]
+    kernel: int
+    ahead: int
+    channels: int
+
+    def __call__(self, x: Tensor, cache: Cache, at: Position) -> tuple[Tensor, Cache]:
+        """Output frames that the input so far determines, and the input that later ones need."""
+        if self.kernel == 1:
+            return self.convolve(x), None
+        if cache is not None:
+            x = torch.cat([cache, x], dim=2)
+        elif x.shape[2] > 0:
+            x = _repeated(x, self.kernel - 1 - self.ahead, where=0, front=True)
+        if at.last:
+            x = _repeated(x, self.ahead, where=x.shape[2] - 1, front=False)
+        behind = None if at.last or x.shape[2] == 0 else x[:, :, max(0, x.shape[2] - self.kernel + 1) :].clone()
+        if x.shape[2] < self.kernel:
+            return x.new_zeros((x.shape[0], self.channels, 0, *x.shape[3:])), behind
+        return self.convolve(x), behind
+
+    def lag(self, frames: int, last: bool) -> int:
+        """How many of ``frames`` input frames, counted from the video's first, have come out."""
+        return lagging(frames, self.ahead, last)
+
+
+def _repeated(x: Tensor, times: int, *, where: int, front: bool) -> Tensor:
+    if times == 0:
+        return x
+    edge = x[:, :, where : where + 1].expand(-1, -1, times, -1, -1)
+    return torch.cat([edge, x] if front else [x, edge], dim=2)
+
+
+def lagging(frames: int, lag: int, last: bool) -> int:
+    """Frames that have come out of a stream that lags, when so many went in."""
+    return frames if last else max(0, frames - lag)
+
+
+def delayed(x: Tensor, frames: int, cache: Cache, at: Position) -> tuple[Tensor, Cache]:
+    """The input ``frames`` frames later, for what is added to the output of a stream that lags."""
+    if frames == 0:
+        return x, None
+    if cache is not None:
+        x = torch.cat([cache, x], dim=2)
+    if at.last:
+        return x, None
+    ready = max(0, x.shape[2] - frames)
+    return x[:, :, :ready], x[:, :, ready:].clone()
+
+
+def replicate_padded(conv: Any, pad: tuple[int, ...], mode: str) -> Callable[[Tensor], Tensor]:
+    """A convolution behind ``F.pad`` in space: ``pad`` is (left, right, top, bottom)."""
+
+    def convolve(x: Tensor) -> Tensor:
+        return conv(torch.nn.functional.pad(x, (*pad, 0, 0), mode=mode))
+
+    return convolve
