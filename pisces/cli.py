@@ -275,6 +275,38 @@ def sample(
 
 @app.command()
 @_reported
+def plan(
+    vae: Annotated[
+        str, typer.Argument(help="Diffusers folder (pipeline or autoencoder), or a class such as AutoencoderKLWan.")
+    ],
+    frames: Annotated[int, typer.Option(min=1, help="Frames of a video.")] = 81,
+    height: Annotated[int, typer.Option(min=1, help="Pixels.")] = 480,
+    width: Annotated[int, typer.Option(min=1, help="Pixels.")] = 832,
+    batch: Annotated[int, typer.Option(min=1, help="Videos that are decoded together.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    tiling: Annotated[bool, typer.Option("--tiling", help="The class's own spatial tiles.")] = False,
+    budget: Annotated[str | None, typer.Option(help="Memory for the decode, such as 24GB: chooses what fits.")] = None,
+) -> None:
+    """Predict the memory of decoding videos with gradient, for every method of pisces.decode.
+
+    Nothing is computed and no weights are read: the operations are run on tensors that have shapes only, at the true
+    size. It takes a minute or a few. With a budget, the exit code is 2 if nothing fits.
+
+    Examples:
+
+      pisces plan AutoencoderKLWan --budget 24GB
+
+      pisces plan path/to/pipeline --frames 257 --height 256 --width 256
+    """
+    from pisces.commands.plan import plan as run
+
+    typer.echo(
+        run(vae, frames=frames, height=height, width=width, batch=batch, dtype=dtype, tiling=tiling, budget=budget)
+    )
+
+
+@app.command()
+@_reported
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead.")] = False,
 ) -> None:

@@ -23,7 +23,17 @@ from pisces.cli import app
 from pisces.data import VideoFolder, read_prompts, read_video, write_metadata, write_video
 from pisces.doctor import diagnose
 
-COMMANDS = ["demo", "train", "fit-ot-map", "score", "sample", "doctor", "world write", "world train-checkpoints"]
+COMMANDS = [
+    "demo",
+    "train",
+    "fit-ot-map",
+    "score",
+    "sample",
+    "plan",
+    "doctor",
+    "world write",
+    "world train-checkpoints",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,8 @@ def replaced(cache: Cache, change: Callable[[Tensor], Any]) -> Cache:
 
 def to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory: pinned and without waiting where the device has its own memory."""
+    if tensor.device.type == "meta":  # for a plan: it takes none of the device's
+        return tensor.new_empty(1).expand(tensor.shape)
     if tensor.device.type == "cpu":
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
@@ -40,4 +42,6 @@ def to_host(tensor: Tensor) -> Tensor:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Back from :func:`to_host`; the copy is ordered behind the one that went there."""
+    if device.type == "meta":
+        return tensor.contiguous()
     return tensor.to(device, non_blocking=True)

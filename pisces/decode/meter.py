@@ -1,4 +1,4 @@
-"""Peak memory of tensors, counted as they come and go: of a real run, or of one on fake tensors that computes nothing."""
+"""Peak memory and work of operations on tensors, counted as they are called: with contents or without."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 
 class TensorMeter(TorchDispatchMode):
@@ -17,6 +18,7 @@ class TensorMeter(TorchDispatchMode):
 
     Attributes:
         peak: most bytes alive at a time.
+        flops: floating-point operations of convolutions and matrix products, by PyTorch's own formulas.
 
     Example:
         >>> import torch
@@ -30,12 +32,16 @@ class TensorMeter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self.alive = 0
+        self.peak = self.alive = self.flops = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and count what it made."""
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage())

@@ -71,7 +71,7 @@ class Replay:
         self.runs = self._runs()
         # Caches that are small beside a chunk's work are not worth to be computed twice.
         self.sweeps = 1 if self.stream.light else SWEEPS[self.states]
-        enabled = torch.is_autocast_enabled(self.device.type)
+        enabled = torch.amp.is_autocast_available(self.device.type) and torch.is_autocast_enabled(self.device.type)
         self._autocast = enabled, torch.get_autocast_dtype(self.device.type) if enabled else None
 
     def _runs(self) -> list[range]:

@@ -1,0 +1,110 @@
+"""`pisces plan`: which way of decoding a video for a reward fits into memory."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pisces.decode import Plan, choose, describe, latents_shape, plan_decode
+from pisces.decode.plan import METHODS, size_text
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def plan(
+    vae: str, *, frames: int, height: int, width: int, batch: int, dtype: str, tiling: bool, budget: str | None
+) -> str:
+    """The table of all ways to decode, and the choice.
+
+    Args:
+        vae: a diffusers directory (of a pipeline or of its autoencoder; only its config is read), or the name of an
+            autoencoder class of diffusers, whose default sizes are then meant.
+        frames: of a video.
+        height: in pixels.
+        width: in pixels.
+        batch: videos that are decoded together.
+        dtype: "float32", "bfloat16" or "float16".
+        tiling: the class's own spatial tiles.
+        budget: memory for the decode, such as "24GB"; None chooses nothing.
+
+    Returns:
+        Text.
+
+    Raises:
+        ValueError: if something is not possible, or nothing fits.
+        FileNotFoundError: if there is no such directory.
+    """
+    limit = None if budget is None else bytes_of(budget)
+    if dtype not in DTYPES:
+        raise ValueError(f"plan: got dtype {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    model = autoencoder(vae, DTYPES[dtype])
+    if tiling:
+        model.enable_tiling()
+    shape = latents_shape(model, frames=frames, height=height, width=width, batch=batch)
+    plans: list[Plan] = []
+    for options in tqdm(METHODS, desc="ways of decoding", unit="way", leave=False):
+        plans += plan_decode(model, shape, methods=[options])
+    plain = next(one for one in plans if one.options.get("memory") == "plain")
+    plans = sorted(plans, key=lambda one: (one.flops, one.options.get("states") == "offload"))
+    latents = torch.empty(*shape, dtype=DTYPES[dtype], device="meta")
+    weights = sum(parameter.nbytes for parameter in model.decoder.parameters())
+    lines = [
+        f"{type(model).__name__}, {batch} x {frames} frames of {height} x {width}, {dtype}: latents {tuple(shape)}",
+        describe(model, latents, temb=torch.empty(batch, device="meta")),
+        "",
+        f"{'decode(vae, latents, ...)':<36}{'peak memory':>12}{'of plain':>10}{'work':>8}",
+    ]
+    for one in plans:
+        share = one.peak_bytes / plain.peak_bytes
+        work = one.flops / plain.flops
+        lines.append(f"{one.name:<36}{size_text(one.peak_bytes):>12}{share:>10.1%}{work:>7.2f}x")
+    lines += [
+        "",
+        "Predicted from shapes: tensors of the decode, the frames and their gradient.",
+        f"On top come the decoder's weights ({size_text(weights)}), reward, denoiser and the kernels' workspaces.",
+    ]
+    if limit is not None:
+        lines.append(f"The least work within {size_text(limit)}: {choose(plans, limit).name}")
+    return "\n".join(lines)
+
+
+def bytes_of(text: str) -> int:
+    """Bytes of "24GB", "512 MiB" or "1000000"."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS:
+        raise ValueError(f"plan: got budget {text!r}, expected a size such as 24GB or 512MiB.")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def autoencoder(source: str, dtype: torch.dtype) -> Any:
+    """An autoencoder without contents, from a directory's configuration or a class's defaults."""
+    import diffusers
+
+    path = Path(source)
+    config: dict[str, Any] = {}
+    name = source
+    if path.exists():
+        found = [place for place in (path / "vae" / "config.json", path / "config.json") if place.is_file()]
+        if not found:
+            raise FileNotFoundError(
+                f"plan: {source} has no config.json and no vae/config.json. Name a diffusers folder."
+            )
+        config = json.loads(found[0].read_text())
+        name = str(config.get("_class_name"))
+    cls = getattr(diffusers, name, None) if name.startswith(("Autoencoder", "AsymmetricAutoencoder")) else None
+    if cls is None:
+        what = "an autoencoder of diffusers" if path.exists() else "a directory or an autoencoder class of diffusers"
+        raise ValueError(f"plan: {name} is not {what}. Try AutoencoderKLWan.")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return cls.from_config(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
