@@ -81,7 +81,7 @@ class Replay:
             if self.picked[number]:
                 first = of_step[min(self.stream.needs_from(step) for step in chunk.steps)]
                 if runs and first < runs[-1].stop:
-                    first = runs.pop().start
+                    first = min(first, runs.pop().start)
                 runs.append(range(first, number + 1))
         return runs
 
