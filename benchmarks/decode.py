@@ -1,0 +1,334 @@
+"""Time and peak memory of a reward's gradient through the decoding of videos, against their length: docs/decode/.
+
+    python -m benchmarks.decode                          # all classes and methods, about half an hour on two cores
+    python -m benchmarks.decode --only wan --frames 5 17 # some
+    python -m benchmarks.decode --plots                  # draw again what was measured
+
+Narrow decoders of the real diffusers classes with random weights, two videos of 32 x 32 pixels, float32. Peak memory is
+that of tensors alive (pisces.decode.meter), weights not counted; time is of a run without the meter, methods taking
+turns, the median where there are three. A method stops where the next length would take more than --gigabytes or
+--seconds. Results are written after every measurement, and what is there already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pisces.decode import decode
+from pisces.decode.meter import TensorMeter
+
+Record = dict[str, Any]
+FRAMES = (5, 17, 33, 65, 129, 257, 513, 1025)
+BATCH, PIXELS = 2, 32
+REPEATED_BELOW = 5.0  # seconds: shorter runs are measured three times
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A narrow autoencoder: its class, its settings, frames and pixels a latent, latent channels."""
+
+    cls: str
+    config: dict[str, Any]
+    time: int
+    space: int
+    channels: int = 4
+
+
+DECODERS: dict[str, Decoder] = {
+    "wan": Decoder("AutoencoderKLWan", {"base_dim": 16, "z_dim": 4}, 4, 8),
+    "wan22": Decoder(
+        "AutoencoderKLWan",
+        {
+            "base_dim": 16,
+            "z_dim": 4,
+            "is_residual": True,
+            "patch_size": 2,
+            "in_channels": 12,
+            "out_channels": 12,
+            "scale_factor_spatial": 16,
+        },
+        4,
+        16,
+    ),
+    "cogvideox": Decoder(
+        "AutoencoderKLCogVideoX",
+        {
+            "latent_channels": 4,
+            "block_out_channels": (16, 32, 32, 64),
+            "norm_num_groups": 4,
+            "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+            "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+        },
+        4,
+        8,
+    ),
+    "mochi": Decoder(
+        "AutoencoderKLMochi",
+        {
+            "latent_channels": 4,
+            "encoder_block_out_channels": (32,) * 4,
+            "decoder_block_out_channels": (32,) * 4,
+            "layers_per_block": (1, 1, 2, 2, 1),
+        },
+        6,
+        8,
+    ),
+    "hunyuan": Decoder(
+        "AutoencoderKLHunyuanVideo",
+        {"latent_channels": 4, "block_out_channels": (16, 32, 64, 64), "norm_num_groups": 4},
+        4,
+        8,
+    ),
+    "hunyuan15": Decoder(
+        "AutoencoderKLHunyuanVideo15",
+        {"latent_channels": 4, "block_out_channels": (16, 32, 32, 64, 64), "layers_per_block": 2},
+        4,
+        16,
+    ),
+    "ltx": Decoder(
+        "AutoencoderKLLTXVideo",
+        {
+            "latent_channels": 4,
+            "block_out_channels": (16, 32, 64, 64),
+            "decoder_block_out_channels": (16, 32, 64, 64),
+            "layers_per_block": (2,) * 5,
+            "decoder_layers_per_block": (2,) * 5,
+            "decoder_inject_noise": (False,) * 5,
+            "upsample_residual": (False,) * 4,
+            "upsample_factor": (1,) * 4,
+            "patch_size": 1,
+        },
+        8,
+        8,
+    ),
+}
+
+
+def own(vae: Any, latents: Tensor) -> Tensor:
+    """Autograd through the class's own decode; video by video where it cannot decode a batch."""
+    if type(vae).__name__ == "AutoencoderKLHunyuanVideo15":
+        return torch.cat([vae.decode(video, return_dict=False)[0] for video in latents.split(1)])
+    frames: Tensor = vae.decode(latents, return_dict=False)[0]
+    return frames
+
+
+def own_checkpointing(vae: Any, latents: Tensor) -> Tensor:
+    """The same with diffusers' gradient checkpointing, where the class has it."""
+    vae.enable_gradient_checkpointing()
+    return own(vae, latents)
+
+
+def own_tiling(vae: Any, latents: Tensor) -> Tensor:
+    """The same in diffusers' spatial tiles, of half the picture's size and a quarter of it faded."""
+    vae.enable_tiling()
+    ratio = PIXELS // latents.shape[3]
+    half = {"tile_sample_min_height": PIXELS // 2, "tile_sample_min_width": PIXELS // 2}
+    if hasattr(vae, "tile_latent_min_height"):
+        half |= {"tile_latent_min_height": PIXELS // 2 // ratio, "tile_latent_min_width": PIXELS // 2 // ratio}
+    else:
+        stride = max(ratio, PIXELS // 2 - ratio)
+        half |= {"tile_sample_stride_height": stride, "tile_sample_stride_width": stride}
+    for name, value in half.items():
+        setattr(vae, name, value)
+    return own(vae, latents)
+
+
+def own_frames(vae: Any, latents: Tensor) -> Tensor:
+    """The same with diffusers' frame-wise decode, where the class has it."""
+    if hasattr(vae, "_enable_framewise_decoding"):
+        vae._enable_framewise_decoding()
+    else:
+        vae.use_framewise_decoding = True
+    return own(vae, latents)
+
+
+def ours(**options: Any) -> Callable[[Any, Tensor], Tensor]:
+    """pisces.decode with options."""
+    return lambda vae, latents: decode(vae, latents, **options)
+
+
+METHODS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "plain": own,
+    "diffusers checkpointing": own_checkpointing,
+    "diffusers tiling": own_tiling,
+    "diffusers frame-wise": own_frames,
+    "keep": ours(states="keep"),
+    "sqrt": ours(states="sqrt"),
+    "cbrt": ours(states="cbrt"),
+    "sqrt, checkpoint": ours(states="sqrt", checkpoint=True),
+    "cbrt, checkpoint": ours(states="cbrt", checkpoint=True),
+}
+
+
+def has(method: str, vae: Any) -> bool:
+    """Whether a class has the switch that a method wants, and whether the picture is large enough for it."""
+    if method == "diffusers checkpointing":
+        return bool(vae._supports_gradient_checkpointing)
+    if method == "diffusers frame-wise":
+        return hasattr(vae, "use_framewise_decoding")
+    if method == "diffusers tiling":
+        return PIXELS // spatial(vae) >= 4
+    return True
+
+
+def spatial(vae: Any) -> int:
+    """Pixels of a latent."""
+    return next(d.space for d in DECODERS.values() if d.cls == type(vae).__name__ and matches(d, vae))
+
+
+def matches(decoder: Decoder, vae: Any) -> bool:
+    """Whether an autoencoder was made of these settings."""
+    return all(vae.config[name] == value for name, value in decoder.config.items() if not isinstance(value, tuple))
+
+
+def build(decoder: Decoder) -> Any:
+    """The autoencoder, frozen; in one piece where the class lets one choose."""
+    import diffusers
+
+    torch.manual_seed(0)
+    vae = getattr(diffusers, decoder.cls)(**decoder.config).eval().requires_grad_(False)
+    if hasattr(vae, "use_framewise_decoding") and decoder.cls != "AutoencoderKLHunyuanVideo":
+        vae.use_framewise_decoding = False
+    return vae
+
+
+def run(decoder: Decoder, method: str, n_latents: int) -> float:
+    """Seconds of one gradient."""
+    vae = build(decoder)
+    size = PIXELS // decoder.space
+    latents = torch.randn(BATCH, decoder.channels, n_latents, size, size, requires_grad=True)
+    started = time.perf_counter()
+    frames = METHODS[method](vae, latents)
+    torch.autograd.grad(frames, latents, torch.ones_like(frames))
+    return time.perf_counter() - started
+
+
+def measure(decoder: Decoder, methods: Sequence[str], frames: int) -> dict[str, Record]:
+    """One length: the methods take turns."""
+    n_latents = max(1, -(-(frames - 1) // decoder.time)) + 1
+    peaks = {}
+    for method in methods:
+        with TensorMeter() as meter:
+            run(decoder, method, n_latents)
+        peaks[method] = meter.peak
+    seconds: dict[str, list[float]] = {method: [run(decoder, method, n_latents)] for method in methods}
+    for _ in range(2):
+        for method in methods:
+            if seconds[method][0] < REPEATED_BELOW:
+                seconds[method].append(run(decoder, method, n_latents))
+    return {
+        method: {"latents": n_latents, "seconds": statistics.median(seconds[method]), "peak": peaks[method]}
+        for method in methods
+    }
+
+
+def benchmark(arguments: argparse.Namespace) -> Record:
+    """Measure what is not there yet."""
+    file = arguments.output / "results.json"
+    results: Record = json.loads(file.read_text()) if file.exists() else {}
+    for name in arguments.only or DECODERS:
+        decoder = DECODERS[name]
+        vae = build(decoder)
+        table = results.setdefault(name, {method: {} for method in METHODS if has(method, vae)})
+        for frames in arguments.frames:
+            wanted = [m for m in table if str(frames) not in table[m] and fits(table[m], frames, arguments)]
+            if not wanted:
+                continue
+            print(f"{name}, {frames} frames: {', '.join(wanted)}", flush=True)
+            for method, record in measure(decoder, wanted, frames).items():
+                table[method][str(frames)] = record
+            write(file, results)
+    return results
+
+
+def fits(measured: dict[str, Record], frames: int, arguments: argparse.Namespace) -> bool:
+    """Whether a length is worth trying, if memory and time grow as the frames do."""
+    shorter = [int(n) for n in measured if int(n) < frames]
+    if not shorter:
+        return frames == min(arguments.frames) or not measured
+    last = max(shorter)
+    growth = frames / last
+    record = measured[str(last)]
+    small = record["peak"] * growth < arguments.gigabytes * 1e9 or growth * record["peak"] < 1.5 * record["peak"]
+    return bool(small and record["seconds"] * growth < arguments.seconds)
+
+
+def write(file: Path, results: Record) -> None:
+    """All results, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(partial, file)
+
+
+def table_of(results: Record) -> str:
+    """A table a class: megabytes, and seconds over those of plain autograd where that fits."""
+    lines = ["# Measured: gradients through the decoding of videos", "", "`python -m benchmarks.decode`", ""]
+    for name, table in results.items():
+        lengths = sorted({int(n) for measured in table.values() for n in measured})
+        lines += [f"## {name}: `{DECODERS[name].cls}`", "", f"![{name}]({name}.svg)", ""]
+        lines += [f"| MB (time beside plain) | {' | '.join(map(str, lengths))} |", "|---" * (len(lengths) + 1) + "|"]
+        for method, measured in table.items():
+            cells = []
+            for frames in lengths:
+                record, plain = measured.get(str(frames)), table["plain"].get(str(frames))
+                ratio = f" ({record['seconds'] / plain['seconds']:.1f}x)" if record and plain else ""
+                cells.append(f"{record['peak'] / 1e6:.3g}{ratio}" if record else "")
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(results: Record, folder: Path) -> None:
+    """Memory and time against frames, a file a class."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    for name, table in results.items():
+        figure, axes = plt.subplots(1, 2, figsize=(10.4, 3.9))
+        for ax, quantity, unit, title in zip(
+            axes, ("peak", "seconds"), (1e6, 1.0), ("peak memory / MB", "time / s"), strict=True
+        ):
+            for method, measured in table.items():
+                points = sorted((int(n), record[quantity] / unit) for n, record in measured.items())
+                style = "--" if method == "plain" or method.startswith("diffusers") else "-"
+                ax.plot([x for x, _ in points], [y for _, y in points], style, marker="o", markersize=3, label=method)
+            ax.set(xscale="log", yscale="log", xlabel="frames", ylabel=title)
+            ax.grid(alpha=0.3)
+        axes[0].legend(fontsize=7)
+        figure.suptitle(f"{name}: gradient of all frames, {BATCH} videos of {PIXELS} x {PIXELS}, narrow decoder")
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.svg")
+        plt.close(figure)
+
+
+def main() -> None:
+    """Measure, write the page and the plots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=DECODERS, help="some of the classes")
+    parser.add_argument("--frames", nargs="+", type=int, default=list(FRAMES), help="lengths; rounded to latents")
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="most memory that is tried")
+    parser.add_argument("--seconds", type=float, default=90.0, help="longest run that is tried")
+    parser.add_argument("--output", type=Path, default=Path("docs/decode"))
+    parser.add_argument("--plots", action="store_true", help="measure nothing")
+    arguments = parser.parse_args()
+    results = json.loads((arguments.output / "results.json").read_text()) if arguments.plots else benchmark(arguments)
+    (arguments.output / "README.md").write_text(table_of(results))
+    draw(results, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
