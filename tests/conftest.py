@@ -109,3 +109,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(_dispatch, "cuda_place", lambda device: (0, 0))
     monkeypatch.setenv("PK_SEED", str(torch.randint(10**6, ()).item()))
     yield "cpu"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small tensors: threads that wait for each other cost more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

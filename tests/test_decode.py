@@ -19,6 +19,8 @@ from pisces.decode.cache import replaced
 from pisces.decode.schedule import kept, longest, slots_for, split
 from pisces.decode.tiles import blend
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BIT_FOR_BIT = ("wan", "wan22", "cogvideox", "hunyuan", "image")  # what the class itself decodes piece by piece
 CHUNKED = ("wan", "wan22", "cogvideox", "mochi", "hunyuan15", "ltx", "ltx_conditioned")  # with a cache that matters
 TOLERANCE = 1e-12
@@ -170,10 +172,10 @@ def test_blending_is_that_of_diffusers() -> None:
 
 @pytest.mark.parametrize("name", [*CHUNKED, "hunyuan", "image"])
 def test_chosen_frames(name: str) -> None:
-    vae, latents = drawn(name, 7)
+    vae, latents = drawn(name, 5, batch=1)
     temb = timestep(vae, latents)
     n = own_decode(vae, latents).shape[2]
-    for chosen in ([0], [n - 1], [-1, 2], [n // 2, 1, n // 2], random.sample(range(n), 3)):
+    for chosen in ([0], [-1, 2, n // 2, 2]):
         frames, grad = gradient(lambda z, chosen=chosen: own_decode(vae, z)[:, :, chosen], latents)  # type: ignore[misc]
         for memory in ("chunked", *(["plain"] if name != "hunyuan15" else [])):  # it cannot decode a batch
             options = {"frames": chosen, "memory": memory, "temb": temb}

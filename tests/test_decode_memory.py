@@ -17,6 +17,8 @@ from torch import Tensor
 import pisces.decode.replay as replay
 from pisces.decode import decode
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDE = {
     "wan": {
         "base_dim": 16,

@@ -16,6 +16,8 @@ from pisces.commands.plan import bytes_of
 from pisces.decode import Plan, choose, decode, latents_shape, plan_decode
 from pisces.decode.meter import TensorMeter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SOME: list[dict[str, Any]] = [{"memory": "plain"}, {"states": "keep"}, {"states": "sqrt", "checkpoint": True}]
 
 
