@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import pisces.decode.replay as replay
 from pisces.decode import decode, decode_and_backward, describe
 from pisces.decode.cache import replaced
-from pisces.decode.schedule import kept, longest, slots_for, split
 from pisces.decode.tiles import blend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -473,36 +472,3 @@ def test_a_conditioned_decoder_wants_its_timestep() -> None:
     vae, latents = drawn("ltx_conditioned", 2)
     with pytest.raises(ValueError, match="Pass temb"):
         decode(vae, latents)
-
-
-# ---------------------------------------------------------------------- which caches are kept
-
-
-@pytest.mark.parametrize(("n", "sweeps"), itertools.product([1, 2, 3, 5, 17, 40], [1, 2, 3, 4]))
-def test_schedule_runs_every_chunk_backwards_within_its_bounds(n: int, sweeps: int) -> None:
-    runs = [0] * n
-    order: list[int] = []
-
-    def reverse(start: int, stop: int, slots: int, sweeps: int, alive: int) -> int:
-        """The most caches alive at a time."""
-        if stop - start == 1:
-            order.append(start)
-            return alive
-        middle = start + split(stop - start, slots, sweeps)
-        for chunk in range(start, middle):
-            runs[chunk] += 1
-        later = reverse(middle, stop, slots - 1, sweeps, alive + 1)
-        return max(later, reverse(start, middle, slots, sweeps - 1, alive))
-
-    slots = slots_for(n, sweeps)
-    assert reverse(0, n, slots, sweeps, 0) <= slots
-    assert order == list(reversed(range(n)))
-    assert max(runs) <= sweeps
-    assert longest(slots, sweeps) >= n
-    assert slots == 0 or longest(slots - 1, sweeps) < n
-
-
-def test_schedule_keeps_what_the_first_pass_meets() -> None:
-    assert kept(5, 1) == [1, 2, 3, 4]
-    assert kept(1, 2) == []
-    assert kept(6, 2) == [3, 5]  # 6 = beta(2, 2): one of 3, 2 and 1 is left at a time

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def peak(name: str, n_latents: int, function: Callable[..., Tensor], **options: 
 
 
 @pytest.fixture
-def host_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def host_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Host memory that the meter does not see, as it is beside a device: files."""
     numbers = iter(range(10**6))
 
@@ -62,7 +62,6 @@ def host_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
     monkeypatch.setattr(replay, "to_host", store)
     monkeypatch.setattr(replay, "to_device", lambda tensor, device: tensor.clone())
-    return
 
 
 def slope(name: str, function: Callable[..., Tensor], **options: Any) -> float:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pisces.decode import Plan, choose, describe, latents_shape, plan_decode
-from pisces.decode.plan import METHODS, size_text
+from pisces.decode import choose, describe, latents_shape, plan_decode
+from pisces.decode.plan import METHODS, made_on_meta, size_text
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,11 +47,8 @@ def plan(
     if tiling:
         model.enable_tiling()
     shape = latents_shape(model, frames=frames, height=height, width=width, batch=batch)
-    plans: list[Plan] = []
-    for options in tqdm(METHODS, desc="ways of decoding", unit="way", leave=False):
-        plans += plan_decode(model, shape, methods=[options])
+    plans = plan_decode(model, shape, methods=tqdm(METHODS, desc="ways of decoding", unit="way", leave=False))
     plain = next(one for one in plans if one.options.get("memory") == "plain")
-    plans = sorted(plans, key=lambda one: (one.flops, one.options.get("states") == "offload"))
     latents = torch.empty(*shape, dtype=DTYPES[dtype], device="meta")
     weights = sum(parameter.nbytes for parameter in model.decoder.parameters())
     lines = [
@@ -62,8 +59,7 @@ def plan(
     ]
     for one in plans:
         share = one.peak_bytes / plain.peak_bytes
-        work = one.flops / plain.flops
-        lines.append(f"{one.name:<36}{size_text(one.peak_bytes):>12}{share:>10.1%}{work:>7.2f}x")
+        lines.append(f"{one.name:<36}{size_text(one.peak_bytes):>12}{share:>10.1%}{one.relative_time:>7.2f}x")
     lines += [
         "",
         "Predicted from shapes: tensors of the decode, the frames and their gradient.",
@@ -101,10 +97,4 @@ def autoencoder(source: str, dtype: torch.dtype) -> Any:
     if cls is None:
         what = "an autoencoder of diffusers" if path.exists() else "a directory or an autoencoder class of diffusers"
         raise ValueError(f"plan: {name} is not {what}. Try AutoencoderKLWan.")
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            return cls.from_config(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
+    return made_on_meta(cls, config, dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from pisces.decode.cache import Cache
-from pisces.decode.layers import StreamedConv, replicate_padded
+from pisces.decode.layers import StreamedConv, replicate_padded, residual_stage
 from pisces.decode.stream import Chain, Hidden, Position, Stage, Stream, grouped, plain_stage
 from pisces.decode.tiles import SpatialTiles, overlapping_tiling
 
@@ -46,7 +46,9 @@ def stream(vae: Any, latents: Tensor, temb: Tensor | None) -> tuple[Stream, Tens
         y, cache = conv_out(decoder.conv_act(decoder.norm_out(hidden[0])), cache, at)
         return (y,), cache
 
-    stages = [_upsample(m) if hasattr(m, "add_temporal_upsample") else _resnet(m) for m in _modules(decoder)]
+    stages = [
+        _upsample(m) if hasattr(m, "add_temporal_upsample") else residual_stage(m, _conv) for m in _modules(decoder)
+    ]
     return Chain([*stages, leave], grouped(n_latents, 1), [1, *[ratio] * (n_latents - 1)], EXACT), x
 
 
@@ -66,20 +68,6 @@ def _conv(conv: Any) -> StreamedConv:
         ahead=0,
         channels=conv.conv.out_channels,
     )
-
-
-def _resnet(module: Any) -> Stage:
-    conv1, conv2 = _conv(module.conv1), _conv(module.conv2)
-
-    def stage(hidden: Hidden, cache: Cache, at: Position) -> tuple[Hidden, Cache]:
-        (x,) = hidden
-        before = cache or (None, None)
-        y, first = conv1(module.nonlinearity(module.norm1(x)), before[0], at)
-        y, second = conv2(module.nonlinearity(module.norm2(y)), before[1], at)
-        shortcut = x if module.conv_shortcut is None else module.conv_shortcut(x)
-        return (y + shortcut,), (first, second)
-
-    return stage
 
 
 def _upsample(module: Any) -> Stage:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pisces.decode.cache import Cache
-from pisces.decode.stream import Position
+from pisces.decode.stream import Hidden, Position, Stage
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,18 @@ def replicate_padded(conv: Any, pad: tuple[int, ...], mode: str) -> Callable[[Te
         return conv(torch.nn.functional.pad(x, (*pad, 0, 0), mode=mode))
 
     return convolve
+
+
+def residual_stage(module: Any, conv_of: Callable[[Any], StreamedConv]) -> Stage:
+    """A causal residual block (norm, activation, convolution, twice) whose convolutions get a cache."""
+    conv1, conv2 = conv_of(module.conv1), conv_of(module.conv2)
+    conv_shortcut = getattr(module, "conv_shortcut", None)
+
+    def stage(hidden: Hidden, cache: Cache, at: Position) -> tuple[Hidden, Cache]:
+        (x,) = hidden
+        before = cache or (None, None)
+        y, first = conv1(module.nonlinearity(module.norm1(x)), before[0], at)
+        y, second = conv2(module.nonlinearity(module.norm2(y)), before[1], at)
+        return (y + (x if conv_shortcut is None else conv_shortcut(x)),), (first, second)
+
+    return stage

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pisces.decode.cache import Cache
-from pisces.decode.layers import StreamedConv, replicate_padded
+from pisces.decode.layers import StreamedConv, replicate_padded, residual_stage
 from pisces.decode.stream import Chain, Hidden, Position, Stage, Stream, grouped, plain_stage
 from pisces.decode.tiles import SpatialTiles, strided_tiling
 
@@ -25,7 +25,7 @@ def stream(vae: Any, latents: Tensor, temb: Tensor | None) -> tuple[Stream, Tens
     decoder = vae.decoder
     stages = [plain_stage(decoder.conv_in)]
     for block in [decoder.block_in, *decoder.up_blocks, decoder.block_out]:
-        stages += [_cached(module) if framewise else _resnet(module) for module in block.resnets]
+        stages += [_cached(module) if framewise else residual_stage(module, _conv) for module in block.resnets]
         if block in list(decoder.up_blocks):
             stages.append(plain_stage(_expansion(block)))
 
@@ -47,20 +47,6 @@ def _cached(module: Any) -> Stage:
     def stage(hidden: Hidden, cache: Cache, at: Position) -> tuple[Hidden, Cache]:
         x, cache = module(hidden[0], conv_cache=cache)
         return (x,), cache
-
-    return stage
-
-
-def _resnet(module: Any) -> Stage:
-    """A residual block whose class has no cache in this mode: its convolutions get one."""
-    conv1, conv2 = _conv(module.conv1), _conv(module.conv2)
-
-    def stage(hidden: Hidden, cache: Cache, at: Position) -> tuple[Hidden, Cache]:
-        (x,) = hidden
-        before = cache or (None, None)
-        y, first = conv1(module.nonlinearity(module.norm1(x)), before[0], at)
-        y, second = conv2(module.nonlinearity(module.norm2(y)), before[1], at)
-        return (y + x,), (first, second)
 
     return stage
 

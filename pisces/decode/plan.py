@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Plan:
         return ", ".join(f"{key}={value!r}" for key, value in self.options.items())
 
 
-def plan_decode(vae: Any, latents_shape: Sequence[int], *, methods: Sequence[dict[str, Any]] = METHODS) -> list[Plan]:
+def plan_decode(vae: Any, latents_shape: Sequence[int], *, methods: Iterable[dict[str, Any]] = METHODS) -> list[Plan]:
     """Predict memory and work of every way to decode and differentiate latents of a shape.
 
     Each way is run on PyTorch's "meta" device, where tensors have shapes and no contents: exactly the operations of the
@@ -160,18 +160,22 @@ def factors(vae: Any) -> tuple[int, int]:
 
 def without_contents(vae: Any) -> Any:
     """A frozen copy of an autoencoder on the meta device: its class, configuration, switches and dtype."""
-    dtype = next(vae.parameters()).dtype
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype if dtype.is_floating_point else before)
-    try:
-        with torch.device("meta"):
-            copy = type(vae).from_config(vae.config)
-    finally:
-        torch.set_default_dtype(before)
+    copy = made_on_meta(type(vae), vae.config, _dtype(vae))
     for name, value in vars(vae).items():
         if isinstance(value, bool | int | float) and name != "training":
             setattr(copy, name, value)
-    return copy.eval().requires_grad_(False)
+    return copy
+
+
+def made_on_meta(cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A frozen autoencoder of a class and a configuration whose parameters have shapes only."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return cls.from_config(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def size_text(size: int) -> str:

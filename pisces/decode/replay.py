@@ -63,9 +63,9 @@ class Replay:
 
     def __post_init__(self) -> None:
         self.chunks = chunks_of(self.stream, self.size)
-        kept = None if self.wanted is None else set(self.wanted)
+        chosen = None if self.wanted is None else set(self.wanted)
         self.picked = [
-            [frame - chunk.frames.start for frame in chunk.frames if kept is None or frame in kept]
+            [frame - chunk.frames.start for frame in chunk.frames if chosen is None or frame in chosen]
             for chunk in self.chunks
         ]
         self.runs = self._runs()
