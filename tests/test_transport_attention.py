@@ -182,7 +182,8 @@ def test_float32_equals_float64_reference(epsilon):
 def test_rows_whose_plan_underflows_are_refined_all_the_same(backend, dtype):
     frame_index, positions = token_grid(3, 4, 4)
     query, key, attention = token_problem(2, 3, 6, 49, dtype=dtype)
-    options = {"tau": 0.1, "epsilon": 1e-3 if dtype == torch.float32 else 5e-5, "tol": 1e-6, "backend": backend}
+    query[:, 0] = -key.mean(1)  # a word that no patch is like
+    options = {"tau": 0.1, "epsilon": 5e-4 if dtype == torch.float32 else 5e-5, "tol": 1e-6, "backend": backend}
     inputs = (query, key, attention, frame_index, positions)
     refined, plan = transport_attention(*inputs, return_plan=True, **options)
     assert (plan.sum(-1) == 0).any()  # rows that carry less than the smallest number
