@@ -58,7 +58,7 @@ def gradient(function: Callable[[Tensor], Tensor], latents: Tensor) -> tuple[Ten
 
 def away(x: Tensor, y: Tensor) -> float:
     """Relative distance."""
-    return float((x - y).norm() / y.norm())
+    return float((x - y).detach().norm() / y.norm())
 
 
 def drawn(name: str, n_latents: int, **options: Any) -> tuple[Any, Tensor]:
@@ -70,6 +70,8 @@ def drawn(name: str, n_latents: int, **options: Any) -> tuple[Any, Tensor]:
 
 @pytest.mark.parametrize("n_latents", [1, 2, 7])
 def test_frames_and_gradient_equal_autograd(name: str, n_latents: int) -> None:
+    if n_latents == 7 and name in ("mochi", "hunyuan15"):
+        n_latents = 5  # they are the slowest
     vae, latents = drawn(name, n_latents, batch=random.choice([1, 2]))
     frames, grad = gradient(lambda z: own_decode(vae, z), latents)
     for states, chunk in zip(replay.SWEEPS, random.sample([1, 1, 2, 3], 4), strict=True):
@@ -84,7 +86,7 @@ def test_frames_and_gradient_equal_autograd(name: str, n_latents: int) -> None:
 
 @pytest.mark.parametrize("name", CHUNKED)
 def test_a_detached_cache_fails_the_same_comparison(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae, latents = drawn(name, 7)
+    vae, latents = drawn(name, 5)
     temb = timestep(vae, latents)
     _, grad = gradient(lambda z: own_decode(vae, z), latents)
 
@@ -141,8 +143,16 @@ def test_spatial_tiles_and_their_blending(name: str) -> None:
     assert "tile" in describe(vae, latents)
 
 
-@pytest.mark.parametrize(("name", "tile", "stride"), [("hunyuan", 16, 12), ("hunyuan", 16, 4), ("ltx", 16, 8)])
-@pytest.mark.parametrize("spatial", [False, True])
+@pytest.mark.parametrize(
+    ("name", "tile", "stride", "spatial"),
+    [
+        ("hunyuan", 16, 12, False),
+        ("hunyuan", 16, 4, False),  # a frame in more than two tiles
+        ("hunyuan", 16, 12, True),
+        ("ltx", 16, 8, False),
+        ("ltx", 16, 8, True),
+    ],
+)
 def test_tiles_in_time(name: str, tile: int, stride: int, spatial: bool) -> None:
     vae, latents = drawn(name, random.choice([9, 10, 11]), size=5 if spatial else 3, batch=1)
     vae.use_framewise_decoding = False

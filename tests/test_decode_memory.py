@@ -36,7 +36,7 @@ WIDE = {
     },
     "hunyuan": {"block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4},
 }
-FRAME_BYTES = 2 * 3 * 32 * 32 * 4  # of one frame of the 4 x 4 latents below, in float32
+FRAME_BYTES = 2 * 3 * 24 * 24 * 4  # of one frame of the 3 x 3 latents below, in float32
 
 
 @cache
@@ -44,7 +44,7 @@ def peak(name: str, n_latents: int, function: Callable[..., Tensor], **options: 
     """Most bytes alive while the gradient of a loss of the frames is computed."""
     vae = build(name, seed=0, dtype=torch.float32, **WIDE[name])
     # Two videos: for one, the CPU unfolds the largest convolutions into a buffer that outweighs a chunk.
-    latents = torch.randn(2, 4, n_latents, 4, 4, requires_grad=True)
+    latents = torch.randn(2, 4, n_latents, 3, 3, requires_grad=True)
     with memory_meter() as memory:
         torch.autograd.grad(function(vae, latents, **options).square().mean(), latents)
     return memory.peak
@@ -70,7 +70,7 @@ def slope(name: str, function: Callable[..., Tensor], **options: Any) -> float:
     return growth / 32 - 3 * FRAME_BYTES
 
 
-@pytest.mark.parametrize("states", ["sqrt", "cbrt", "offload"])
+@pytest.mark.parametrize("states", ["sqrt", "offload"])
 def test_memory_hardly_grows_with_the_length_of_a_wan_video(states: str, host_in_files: None) -> None:
     assert slope("wan", decode, states=states) < 0.05 * slope("wan", own_decode)
 
