@@ -1,18 +1,19 @@
 """Time and peak memory of a reward's gradient through the decoding of videos, against their length: docs/decode/.
 
-    python -m benchmarks.decode                          # all classes and methods, about half an hour on two cores
+    python -m benchmarks.decode                          # all classes and methods, about two hours on a core
     python -m benchmarks.decode --only wan --frames 5 17 # some
     python -m benchmarks.decode --plots                  # draw again what was measured
 
-Narrow decoders of the real diffusers classes with random weights, two videos of 32 x 32 pixels, float32. Peak memory is
+Narrow decoders of the real diffusers classes with random weights, a video of 32 x 32 pixels, float32. Peak memory is
 that of tensors alive (pisces.decode.meter), weights not counted; time is of a run without the meter, methods taking
 turns, the median where there are three. A method stops where the next length would take more than --gigabytes or
---seconds. Results are written after every measurement, and what is there already is not measured again.
+--seconds. Results are written after every length, and what is there already is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -30,19 +31,19 @@ from pisces.decode.meter import TensorMeter
 
 Record = dict[str, Any]
 FRAMES = (5, 17, 33, 65, 129, 257, 513, 1025)
-BATCH, PIXELS = 2, 32
-REPEATED_BELOW = 5.0  # seconds: shorter runs are measured three times
+PIXELS = 32
+REPEATED_BELOW = 2.0  # seconds: shorter runs are measured three times
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A narrow autoencoder: its class, its settings, frames and pixels a latent, latent channels."""
+    """A narrow autoencoder: its class, its settings, frames and pixels a latent, what to know of its own decode."""
 
     cls: str
     config: dict[str, Any]
     time: int
     space: int
-    channels: int = 4
+    note: str = ""
 
 
 DECODERS: dict[str, Decoder] = {
@@ -89,6 +90,7 @@ DECODERS: dict[str, Decoder] = {
         {"latent_channels": 4, "block_out_channels": (16, 32, 64, 64), "norm_num_groups": 4},
         4,
         8,
+        "Its own decode, plain here, is in overlapping tiles of time from 17 frames on; ours is the same decode.",
     ),
     "hunyuan15": Decoder(
         "AutoencoderKLHunyuanVideo15",
@@ -116,9 +118,7 @@ DECODERS: dict[str, Decoder] = {
 
 
 def own(vae: Any, latents: Tensor) -> Tensor:
-    """Autograd through the class's own decode; video by video where it cannot decode a batch."""
-    if type(vae).__name__ == "AutoencoderKLHunyuanVideo15":
-        return torch.cat([vae.decode(video, return_dict=False)[0] for video in latents.split(1)])
+    """Autograd through the class's own decode."""
     frames: Tensor = vae.decode(latents, return_dict=False)[0]
     return frames
 
@@ -145,11 +145,8 @@ def own_tiling(vae: Any, latents: Tensor) -> Tensor:
 
 
 def own_frames(vae: Any, latents: Tensor) -> Tensor:
-    """The same with diffusers' frame-wise decode, where the class has it."""
-    if hasattr(vae, "_enable_framewise_decoding"):
-        vae._enable_framewise_decoding()
-    else:
-        vae.use_framewise_decoding = True
+    """The same with diffusers' frame-wise decode, where the class has it; other frames than in one piece."""
+    vae.use_framewise_decoding = True
     return own(vae, latents)
 
 
@@ -164,50 +161,37 @@ METHODS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "diffusers tiling": own_tiling,
     "diffusers frame-wise": own_frames,
     "keep": ours(states="keep"),
+    "keep, chunks of 4": ours(states="keep", chunk=4),
     "sqrt": ours(states="sqrt"),
     "cbrt": ours(states="cbrt"),
     "sqrt, checkpoint": ours(states="sqrt", checkpoint=True),
-    "cbrt, checkpoint": ours(states="cbrt", checkpoint=True),
 }
 
 
-def has(method: str, vae: Any) -> bool:
-    """Whether a class has the switch that a method wants, and whether the picture is large enough for it."""
+def has(method: str, decoder: Decoder, vae: Any) -> bool:
+    """Whether a class has the switch that a method wants, switched off, and the picture is large enough for it."""
     if method == "diffusers checkpointing":
         return bool(vae._supports_gradient_checkpointing)
     if method == "diffusers frame-wise":
-        return hasattr(vae, "use_framewise_decoding")
+        return getattr(vae, "use_framewise_decoding", True) is False
     if method == "diffusers tiling":
-        return PIXELS // spatial(vae) >= 4
+        return PIXELS // decoder.space >= 4
     return True
 
 
-def spatial(vae: Any) -> int:
-    """Pixels of a latent."""
-    return next(d.space for d in DECODERS.values() if d.cls == type(vae).__name__ and matches(d, vae))
-
-
-def matches(decoder: Decoder, vae: Any) -> bool:
-    """Whether an autoencoder was made of these settings."""
-    return all(vae.config[name] == value for name, value in decoder.config.items() if not isinstance(value, tuple))
-
-
 def build(decoder: Decoder) -> Any:
-    """The autoencoder, frozen; in one piece where the class lets one choose."""
+    """The autoencoder, frozen, as it is when it is made."""
     import diffusers
 
     torch.manual_seed(0)
-    vae = getattr(diffusers, decoder.cls)(**decoder.config).eval().requires_grad_(False)
-    if hasattr(vae, "use_framewise_decoding") and decoder.cls != "AutoencoderKLHunyuanVideo":
-        vae.use_framewise_decoding = False
-    return vae
+    return getattr(diffusers, decoder.cls)(**decoder.config).eval().requires_grad_(False)
 
 
 def run(decoder: Decoder, method: str, n_latents: int) -> float:
     """Seconds of one gradient."""
     vae = build(decoder)
     size = PIXELS // decoder.space
-    latents = torch.randn(BATCH, decoder.channels, n_latents, size, size, requires_grad=True)
+    latents = torch.randn(1, 4, n_latents, size, size, requires_grad=True)
     started = time.perf_counter()
     frames = METHODS[method](vae, latents)
     torch.autograd.grad(frames, latents, torch.ones_like(frames))
@@ -237,18 +221,17 @@ def benchmark(arguments: argparse.Namespace) -> Record:
     """Measure what is not there yet."""
     file = arguments.output / "results.json"
     results: Record = json.loads(file.read_text()) if file.exists() else {}
-    for name in arguments.only or DECODERS:
+    for frames, name in itertools.product(sorted(arguments.frames), arguments.only or DECODERS):
         decoder = DECODERS[name]
         vae = build(decoder)
-        table = results.setdefault(name, {method: {} for method in METHODS if has(method, vae)})
-        for frames in arguments.frames:
-            wanted = [m for m in table if str(frames) not in table[m] and fits(table[m], frames, arguments)]
-            if not wanted:
-                continue
-            print(f"{name}, {frames} frames: {', '.join(wanted)}", flush=True)
-            for method, record in measure(decoder, wanted, frames).items():
-                table[method][str(frames)] = record
-            write(file, results)
+        table = results.setdefault(name, {method: {} for method in METHODS if has(method, decoder, vae)})
+        wanted = [m for m in table if str(frames) not in table[m] and fits(table[m], frames, arguments)]
+        if not wanted:
+            continue
+        print(f"{name}, {frames} frames: {'; '.join(wanted)}", flush=True)
+        for method, record in measure(decoder, wanted, frames).items():
+            table[method][str(frames)] = record
+        write(file, results)
     return results
 
 
@@ -278,6 +261,7 @@ def table_of(results: Record) -> str:
     for name, table in results.items():
         lengths = sorted({int(n) for measured in table.values() for n in measured})
         lines += [f"## {name}: `{DECODERS[name].cls}`", "", f"![{name}]({name}.svg)", ""]
+        lines += [DECODERS[name].note, ""] if DECODERS[name].note else []
         lines += [f"| MB (time beside plain) | {' | '.join(map(str, lengths))} |", "|---" * (len(lengths) + 1) + "|"]
         for method, measured in table.items():
             cells = []
@@ -309,7 +293,7 @@ def draw(results: Record, folder: Path) -> None:
             ax.set(xscale="log", yscale="log", xlabel="frames", ylabel=title)
             ax.grid(alpha=0.3)
         axes[0].legend(fontsize=7)
-        figure.suptitle(f"{name}: gradient of all frames, {BATCH} videos of {PIXELS} x {PIXELS}, narrow decoder")
+        figure.suptitle(f"{name}: gradient of all frames, a video of {PIXELS} x {PIXELS}, narrow decoder")
         figure.tight_layout()
         figure.savefig(folder / f"{name}.svg")
         plt.close(figure)
@@ -321,7 +305,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=DECODERS, help="some of the classes")
     parser.add_argument("--frames", nargs="+", type=int, default=list(FRAMES), help="lengths; rounded to latents")
     parser.add_argument("--gigabytes", type=float, default=3.0, help="most memory that is tried")
-    parser.add_argument("--seconds", type=float, default=90.0, help="longest run that is tried")
+    parser.add_argument("--seconds", type=float, default=60.0, help="longest run that is tried")
     parser.add_argument("--output", type=Path, default=Path("docs/decode"))
     parser.add_argument("--plots", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
