@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from pisces.decode.decoding import MEMORY
+from pisces.decode.replay import SWEEPS
 from pisces.rewards.semantic import Transport
 
 PACKAGED = "packaged:"
@@ -27,12 +29,35 @@ def _need(ok: bool, key: str, value: object, wanted: str) -> None:
 
 
 @dataclass(frozen=True)
+class DecodeConfig:
+    """How videos are decoded for rewards: see :func:`pisces.decode.decode`; all give the same gradient.
+
+    Attributes:
+        memory: "chunked", in the memory of one chunk, or "plain", in that of the whole video.
+        states: what becomes of the caches between chunks: "keep", "sqrt", "cbrt" or "offload".
+        chunk: latent frames of a chunk.
+        checkpoint: recompute inside a chunk too.
+    """
+
+    memory: str = "chunked"
+    states: str = "sqrt"
+    chunk: int = 1
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        _need(self.memory in MEMORY, "pipeline.decode.memory", self.memory, " or ".join(MEMORY))
+        _need(self.states in SWEEPS, "pipeline.decode.states", self.states, " or ".join(SWEEPS))
+        _need(self.chunk >= 1, "pipeline.decode.chunk", self.chunk, "at least 1")
+
+
+@dataclass(frozen=True)
 class PipelineConfig:
     """The generator to train.
 
     Attributes:
         path: a local diffusers directory, or ``packaged:NAME`` for one that comes with the package.
         dtype: float32, or bfloat16.
+        decode: how its videos are decoded.
         n_frames: frames of a video; None takes the directory's ``pisces.json``, as below.
         height: in pixels.
         width: in pixels.
@@ -40,6 +65,7 @@ class PipelineConfig:
 
     path: str = "packaged:wan-base"
     dtype: str = "float32"  # PISCES trains in bfloat16 on GPUs; float32 is what a CPU is quick in
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     n_frames: int | None = None
     height: int | None = None
     width: int | None = None

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 # So many steps skipped in a row mean that something is broken, not that one batch was unlucky.
 MAX_SKIPPED_IN_A_ROW = 10
+# What a resumed run may have changed: how long and where, and how much memory the decode takes.
+FREE_SETTINGS = ("steps", "output.", "pipeline.decode.")
 
 
 class TrainingError(RuntimeError):
@@ -306,10 +309,10 @@ class Trainer:
         return {name: state[p] for name, p in self.parameters.items() if p in state}
 
     def _check_same_run(self, meta: dict[str, Any], path: Path) -> None:
-        """Refuse a checkpoint whose run had other settings; the number of steps and the output may differ."""
-        free = ("steps", "output")
+        """Refuse a checkpoint whose run had other settings, :data:`FREE_SETTINGS` apart."""
         mine, theirs = (
-            _flat({k: v for k, v in c.items() if k not in free}) for c in (self.config.to_dict(), meta["config"])
+            {k: v for k, v in _flat(c).items() if not k.startswith(FREE_SETTINGS)}
+            for c in (self.config.to_dict(), meta["config"])
         )
         changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
         if changed:
@@ -378,7 +381,10 @@ def build_training(config: TrainConfig) -> Trainer:
     from pisces.build import build_algorithm, build_batches, build_rewards
 
     config.check_inputs()
-    adapter = load_pipeline(resolve_path(config.pipeline.path), dtype=getattr(torch, config.pipeline.dtype))
+    settings = config.pipeline
+    adapter = load_pipeline(
+        resolve_path(settings.path), dtype=getattr(torch, settings.dtype), decoding=asdict(settings.decode)
+    )
     batches = build_batches(config, adapter)
     # Before anything is trainable: the rewards' reference batch is drawn from the base model.
     rewards = build_rewards(config, adapter, batches)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from meter import memory_meter
 from tiny_wan import PROMPTS, build_tiny_wan
 from torch import Tensor
-from toy_rewards import LinearReward
+from toy_rewards import ColorReward, LinearReward
 
 from pisces.algorithms import Batch, Consistency, Draft, FlowMatching, FrozenBase, OneStep, base_anchor, pseudo_huber
 from pisces.config import LoraConfig
@@ -244,7 +245,7 @@ def test_the_base_stays_the_base_bit_for_bit(adapter: WanAdapter, seed: int, lor
 
 
 def hand_written(adapter: WanAdapter, rewards: LinearReward, noise: Tensor, steps: int, last_k: int) -> Tensor:
-    """The DRaFT loss by a sampler that is written out, gradient cut before the last K steps."""
+    """The DRaFT loss by a sampler that is written out, decoded in one piece, gradient cut before the last K steps."""
     embeds = adapter.encode_prompts(PROMPTS[: len(noise)])
     sigmas = adapter.sigmas(steps)
     x = noise
@@ -252,7 +253,8 @@ def hand_written(adapter: WanAdapter, rewards: LinearReward, noise: Tensor, step
         if n == steps - last_k:
             x = x.detach()
         x = x + (sigmas[n + 1] - sigmas[n]) * adapter.velocity(x, sigmas[n], embeds)
-    return -rewards.total(adapter.decode(x))
+    whole = WanAdapter(adapter.pipe, defaults=adapter.defaults, decoding={"memory": "plain"})
+    return -rewards.total(whole.decode(x))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -270,6 +272,18 @@ def test_draft_gradient_is_plain_autograd(adapter: WanAdapter, seed: int, last_k
     torch.testing.assert_close(loss, other, rtol=1e-4, atol=1e-4)
     wrong = flat(gradients(adapter, other))
     assert float((ours - wrong).norm() / wrong.norm()) > 0.05
+
+
+def test_a_draft_step_decodes_in_the_memory_of_a_chunk(adapter: WanAdapter, seed: int) -> None:
+    peaks = {}
+    for memory in ("plain", "chunked"):
+        adapter.decoding = {"memory": memory}
+        algorithm = Draft(adapter, ColorReward(), steps=2, last_k=1, anchor_weight=0.0, n_frames=65)
+        with memory_meter() as meter:
+            loss, _ = algorithm.loss(Batch(PROMPTS[:1]), rng(seed))
+            loss.backward()
+        peaks[memory] = meter.peak
+    assert peaks["chunked"] < 0.5 * peaks["plain"]
 
 
 def test_draft_samples_what_the_pipeline_samples(adapter: WanAdapter, seed: int) -> None:

@@ -21,7 +21,15 @@ from toy_rewards import ColorReward
 
 from pisces.algorithms import Batch, Consistency, Draft, FlowMatching, FrozenBase, OneStep
 from pisces.batches import PromptBatches, ShuffledIndices, VideoBatches
-from pisces.config import DraftConfig, LoraConfig, OptimizerConfig, OutputConfig, TrainConfig
+from pisces.config import (
+    DecodeConfig,
+    DraftConfig,
+    LoraConfig,
+    OptimizerConfig,
+    OutputConfig,
+    PipelineConfig,
+    TrainConfig,
+)
 from pisces.pipelines import WanAdapter, prepare
 from pisces.state import CheckpointError, latest_checkpoint, list_checkpoints
 from pisces.trainer import Interrupted, Trainer, TrainingError
@@ -197,6 +205,8 @@ def test_a_checkpoint_of_another_run_is_refused(wan_dir: Path, tmp_path: Path) -
         make(wan_dir, changed).fit()
     with pytest.raises(CheckpointError, match="lora"):
         make(wan_dir, settings(tmp_path, lora=LORA)).fit()
+    less_memory = dataclasses.replace(settings(tmp_path), pipeline=PipelineConfig(decode=DecodeConfig(chunk=2)))
+    make(wan_dir, less_memory).load(latest_checkpoint(tmp_path / "checkpoints"))  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="other prompts or captions"):
         make(wan_dir, settings(tmp_path), prompts=PROMPTS[:3]).fit()
     weights = latest_checkpoint(tmp_path / "checkpoints") / "weights.safetensors"  # type: ignore[operator]

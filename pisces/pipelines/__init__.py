@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,12 +17,15 @@ from pisces.pipelines.wan import WanAdapter
 ADAPTERS: dict[str, type[WanAdapter]] = {"WanPipeline": WanAdapter}
 
 
-def load_pipeline(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PipelineAdapter:
+def load_pipeline(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, decoding: Mapping[str, Any] | None = None
+) -> PipelineAdapter:
     """Load a local diffusers directory with the adapter that fits its ``model_index.json``.
 
     Args:
         path: the directory.
         dtype: every weight's type after loading, whatever it is on disk.
+        decoding: options of :func:`pisces.decode.decode`; None takes its own.
 
     Returns:
         The adapter.
@@ -37,7 +42,7 @@ def load_pipeline(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Pi
     if name not in ADAPTERS:
         known = ", ".join(sorted(ADAPTERS))
         raise ValueError(f"load_pipeline: {root} is a {name}, expected one of: {known}.")
-    return ADAPTERS[name].from_pretrained(root, dtype=dtype)
+    return ADAPTERS[name].from_pretrained(root, dtype=dtype, decoding=decoding)
 
 
 __all__ = ["ADAPTERS", "PipelineAdapter", "WanAdapter", "load_pipeline", "prepare"]

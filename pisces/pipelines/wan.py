@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pisces.decode import decode
 from pisces.pipelines.files import (
     DEFAULT_KEYS,
     DEFAULTS_FILE,
@@ -40,6 +42,7 @@ class WanAdapter:
         pipe: a loaded ``WanPipeline`` with one transformer (Wan 2.1 family).
         defaults: video size and sampler defaults, keys out of n_frames, height, width, steps, fps; what is
             missing must be passed to the methods that need it.
+        decoding: options of :func:`pisces.decode.decode`; None takes its own.
 
     Raises:
         TypeError: if ``pipe`` is not a ``WanPipeline``.
@@ -55,7 +58,9 @@ class WanAdapter:
 
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
-    def __init__(self, pipe: Any, *, defaults: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, pipe: Any, *, defaults: dict[str, int] | None = None, decoding: Mapping[str, Any] | None = None
+    ) -> None:
         from diffusers import WanPipeline
 
         if not isinstance(pipe, WanPipeline):
@@ -71,6 +76,7 @@ class WanAdapter:
             raise ValueError(f"WanAdapter: unknown defaults {unknown}, expected keys out of {DEFAULT_KEYS}.")
         self.pipe = pipe
         self.defaults = defaults
+        self.decoding = dict(decoding or {})
         self._prompt_cache: OrderedDict[str, Tensor] = OrderedDict()
         pipe.set_progress_bar_config(disable=True)
         for module in (pipe.vae, pipe.text_encoder):
@@ -78,13 +84,16 @@ class WanAdapter:
         pipe.transformer.eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> WanAdapter:
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype = torch.float32, decoding: Mapping[str, Any] | None = None
+    ) -> WanAdapter:
         """Load a local diffusers directory; every weight becomes ``dtype``, however it is stored.
 
         Args:
             path: a directory with a ``model_index.json`` and, if wanted, a ``pisces.json`` of defaults
                 (keys n_frames, height, width, steps, fps).
             dtype: float32, or bfloat16 for large models.
+            decoding: options of :func:`pisces.decode.decode`; None takes its own.
 
         Returns:
             The adapter; text encoder and VAE are frozen.
@@ -101,7 +110,7 @@ class WanAdapter:
             # In lower precisions the loaders keep some parts in float32 on purpose: leave those.
             if module is not None and dtype == torch.float32:
                 module.float()
-        return cls(pipe, defaults=read_defaults(root))
+        return cls(pipe, defaults=read_defaults(root), decoding=decoding)
 
     # ------------------------------------------------------------------ parts
 
@@ -229,7 +238,7 @@ class WanAdapter:
         return (latents - mean) * inverse_std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Frames of normalised latents, differentiable: the pipeline's own de-normalisation and VAE decode.
+        """Frames of normalised latents, differentiable: the pipeline's own de-normalisation and :mod:`pisces.decode`.
 
         Args:
             latents: [B, C, t, h, w].
@@ -240,7 +249,7 @@ class WanAdapter:
         parameter = next(self.vae.parameters())
         latents = latents.to(parameter)
         mean, inverse_std = self._statistics(latents)
-        video = self.vae.decode(latents / inverse_std + mean, return_dict=False)[0]
+        video = decode(self.vae, latents / inverse_std + mean, **self.decoding)
         # The same expression as diffusers' VaeImageProcessor.denormalize, so that parity is bit for bit.
         return (video * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4).float()
 
