@@ -65,7 +65,7 @@ def differentiable_problem(kind, masked):
     a, b = random_weights(2, 3).requires_grad_(), random_weights(2, 4).requires_grad_()
     # Most of the mass at a small epsilon: some marginals are full, others are not.
     epsilon = torch.tensor([0.1, 0.15] if kind == "mass" else [0.3, 0.4], dtype=torch.float64, requires_grad=True)
-    mass = torch.tensor([0.83, 0.87], dtype=torch.float64, requires_grad=True)
+    mass = torch.tensor([0.9, 0.93], dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([[True, False, True], [True] * 3]) if masked else None
     inputs = (cost, a, b, epsilon, mass) if kind == "mass" else (cost, a, b, epsilon)
 
