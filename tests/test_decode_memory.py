@@ -15,7 +15,7 @@ from tiny_vaes import build, own_decode
 from torch import Tensor
 
 import pisces.decode.replay as replay
-from pisces.decode import decode
+from pisces.decode import decode, ltx
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,6 +35,14 @@ WIDE = {
         "up_block_types": ("CogVideoXUpBlock3D",) * 4,
     },
     "hunyuan": {"block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4},
+    "ltx": {
+        "block_out_channels": (8, 16, 32, 32),
+        "decoder_block_out_channels": (8, 16, 32, 32),
+        "decoder_layers_per_block": (2, 2, 2, 2, 2),
+        "spatio_temporal_scaling": (True, True, True, False),
+        "decoder_spatio_temporal_scaling": (True, True, True, False),
+        "patch_size": 1,
+    },
 }
 FRAME_BYTES = 2 * 3 * 24 * 24 * 4  # of one frame of the 3 x 3 latents below, in float32
 
@@ -92,6 +100,19 @@ def test_memory_of_a_wan_video_of_65_frames() -> None:
 
 def test_memory_of_a_cogvideox_video_of_65_frames() -> None:
     assert peak("cogvideox", 17, decode, states="keep") < peak("cogvideox", 17, own_decode) / 4
+
+
+def test_memory_of_an_ltx_video_of_65_frames() -> None:
+    """Its decoder lags behind by more latents than there are: what waits comes out bit by bit."""
+    assert peak("ltx", 9, decode) < peak("ltx", 9, own_decode) / 2
+
+
+def test_no_step_writes_more_frames_than_a_latent_has() -> None:
+    vae = build("ltx", seed=0, dtype=torch.float32, **WIDE["ltx"])
+    for n_latents in (1, 2, 9, 30):
+        stream, _ = ltx.stream(vae, torch.zeros(1, 4, n_latents, 3, 3), None)
+        assert sum(stream.counts) == 8 * n_latents - 7
+        assert max(stream.counts) <= 8
 
 
 def test_memory_of_unwanted_frames_is_free() -> None:

@@ -18,19 +18,21 @@ class StreamedConv:
     """A convolution over (time, height, width) whose ends of time repeat the first and the last frame.
 
     The frames that come out of all chunks are those of the convolution over the whole video. With ``ahead`` frames of
-    context behind the current one, the output lags ``ahead`` frames, which the last chunk gives out.
+    context behind the current one, the output lags ``ahead`` frames, which come out in the step that ends its input.
 
     Args:
         convolve: the convolution with what it pads in space; none in time.
         kernel: frames that one output frame reads.
         ahead: how many of them come after it: 0 is causal.
         channels: of its output.
+        end: number of the step that ends its input; None is the last one.
     """
 
     convolve: Callable[[Tensor], Tensor]
     kernel: int
     ahead: int
     channels: int
+    end: int | None = None
 
     def __call__(self, x: Tensor, cache: Cache, at: Position) -> tuple[Tensor, Cache]:
         """Output frames that the input so far determines, and the input that later ones need."""
@@ -40,16 +42,13 @@ class StreamedConv:
             x = torch.cat([cache, x], dim=2)
         elif x.shape[2] > 0:
             x = _repeated(x, self.kernel - 1 - self.ahead, where=0, front=True)
-        if at.last:
+        ended = at.last if self.end is None else at.number == self.end
+        if ended:
             x = _repeated(x, self.ahead, where=x.shape[2] - 1, front=False)
-        behind = None if at.last or x.shape[2] == 0 else x[:, :, max(0, x.shape[2] - self.kernel + 1) :].clone()
+        behind = None if ended or x.shape[2] == 0 else x[:, :, max(0, x.shape[2] - self.kernel + 1) :].clone()
         if x.shape[2] < self.kernel:
             return x.new_zeros((x.shape[0], self.channels, 0, *x.shape[3:])), behind
         return self.convolve(x), behind
-
-    def lag(self, frames: int, last: bool) -> int:
-        """How many of ``frames`` input frames, counted from the video's first, have come out."""
-        return lagging(frames, self.ahead, last)
 
 
 def _repeated(x: Tensor, times: int, *, where: int, front: bool) -> Tensor:
@@ -59,21 +58,11 @@ def _repeated(x: Tensor, times: int, *, where: int, front: bool) -> Tensor:
     return torch.cat([edge, x] if front else [x, edge], dim=2)
 
 
-def lagging(frames: int, lag: int, last: bool) -> int:
-    """Frames that have come out of a stream that lags, when so many went in."""
-    return frames if last else max(0, frames - lag)
-
-
-def delayed(x: Tensor, frames: int, cache: Cache, at: Position) -> tuple[Tensor, Cache]:
-    """The input ``frames`` frames later, for what is added to the output of a stream that lags."""
-    if frames == 0:
-        return x, None
+def waiting_for(n_frames: int, x: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+    """The first ``n_frames`` of what waits and then ``x``, for what is added to a stream that lags; and the rest."""
     if cache is not None:
         x = torch.cat([cache, x], dim=2)
-    if at.last:
-        return x, None
-    ready = max(0, x.shape[2] - frames)
-    return x[:, :, :ready], x[:, :, ready:].clone()
+    return x[:, :, :n_frames], x[:, :, n_frames:].clone() if x.shape[2] > n_frames else None
 
 
 def replicate_padded(conv: Any, pad: tuple[int, ...], mode: str) -> Callable[[Tensor], Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from pisces.decode.cache import Cache
-from pisces.decode.layers import StreamedConv, delayed, lagging
+from pisces.decode.layers import StreamedConv, waiting_for
 from pisces.decode.stream import Chain, Hidden, Position, Stage, Stream, grouped, plain_stage
 from pisces.decode.tiles import SpatialTiles, strided_tiling, temporal_tiles
 
@@ -21,17 +21,15 @@ def stream(vae: Any, latents: Tensor, temb: Tensor | None) -> tuple[Stream, Tens
     n_latents, ratio = latents.shape[2], vae.temporal_compression_ratio
     tiling = strided_tiling(vae, latents)
     framewise = vae.use_framewise_decoding and n_latents > vae.tile_sample_min_num_frames // ratio
-    stages: list[Stage]
-    if injects_noise(vae.decoder):
-        stages, note = [plain_stage(lambda x: vae.decoder(x, temb))], NOISE
-    else:
-        stages, note = _stages(vae.decoder, temb), EXACT
-    if framewise or note == NOISE:
+    noise = injects_noise(vae.decoder)
+    if noise:
         n_frames = (n_latents - 1) * ratio + 1
-        whole: Stream = Chain(stages, [slice(0, n_latents)], [n_frames], note, causal=False)
+        stages = [plain_stage(lambda x: vae.decoder(x, temb))]
+        whole: Stream = Chain(stages, [slice(0, n_latents)], [n_frames], NOISE, causal=False)
     else:
-        steps = grouped(n_latents, 1)
-        whole = Chain(stages, steps, _counts(vae.decoder, n_latents), note)
+        schedule = _Schedule(vae.decoder, n_latents, whole=framewise)
+        stages = _stages(vae.decoder, temb, schedule)
+        whole = Chain(stages, schedule.steps, schedule.counts, EXACT, causal=not framewise)
     if tiling is not None:
         whole = SpatialTiles(whole, tiling, lambda frames: frames)
     return temporal_tiles(vae, whole, n_latents, dropped=slice(None, -1)) or whole, latents
@@ -42,29 +40,67 @@ def injects_noise(decoder: Any) -> bool:
     return any(getattr(module, "per_channel_scale1", None) is not None for module in decoder.modules())
 
 
-def _counts(decoder: Any, n_latents: int) -> list[int]:
-    """Frames that each step writes, latent frame by latent frame."""
-    written = [0]
-    for n in range(1, n_latents + 1):
-        last = n == n_latents
-        frames = lagging(n, _ahead(decoder.conv_in), last)
-        for module in _modules(decoder):
-            if hasattr(module, "stride"):
-                frames = lagging(frames, _ahead(module.conv), last)
-                frames = max(0, frames * module.stride[0] - module.stride[0] + 1)
-            else:
-                frames = lagging(lagging(frames, _ahead(module.conv1), last), _ahead(module.conv2), last)
-        frames = lagging(frames, _ahead(decoder.conv_out), last)
-        written.append(frames * decoder.patch_size_t)
-    return [after - before for before, after in itertools.pairwise(written)]
+class _Schedule:
+    """When each convolution's input ends, and what comes out in each step.
+
+    A convolution that looks ahead gives out its last frames when its input ends. If all ended with the last latents,
+    all that lags (some fourteen latent frames in the released decoders) would come out in one step and take the memory
+    of so many. So steps without latents follow, and each convolution ends as soon as no more comes out of it in a step
+    than while the video lasts.
+
+    Args:
+        decoder: the decoder.
+        n_latents: of the video.
+        whole: one step of all latents instead.
+
+    Attributes:
+        steps: the latents that each step reads.
+        ends: for each convolution in its order, the step that ends its input.
+        counts: frames that each step writes.
+    """
+
+    def __init__(self, decoder: Any, n_latents: int, *, whole: bool) -> None:
+        convs = list(_convolutions(decoder))
+        self.steps = [slice(0, n_latents)] if whole else grouped(n_latents, 1)
+        self.counts: list[int] = []
+        self.ends = [-1] * len(convs)
+        received, given = [0] * len(convs), [0] * len(convs)
+        index = 0
+        while index < len(self.steps) or self.ends[-1] < 0:
+            if index == len(self.steps):
+                self.steps.append(slice(n_latents, n_latents))
+            frames, over = self.steps[index].stop, self.steps[index].stop == n_latents
+            rate, before = n_latents if whole else 1, given[-1]
+            for k, (conv, stride) in enumerate(convs):
+                received[k] = frames
+                if over and self.ends[k] < 0 and frames - given[k] <= rate:
+                    self.ends[k] = index
+                over = self.ends[k] >= 0
+                given[k] = frames if over else max(0, frames - _ahead(conv))
+                frames, rate = max(0, given[k] * stride - stride + 1), rate * stride
+            self.counts.append((given[-1] - before) * decoder.patch_size_t)
+            index += 1
+
+
+def _convolutions(decoder: Any) -> Iterator[tuple[Any, int]]:
+    """All convolutions over time in their order, each with how many frames are made of one behind it."""
+    yield decoder.conv_in, 1
+    for module in _modules(decoder):
+        if hasattr(module, "stride"):
+            yield module.conv, module.stride[0]
+        else:
+            yield module.conv1, 1
+            yield module.conv2, 1
+    yield decoder.conv_out, 1
 
 
 def _ahead(conv: Any) -> int:
     return 0 if conv.is_causal else (conv.kernel_size[0] - 1) // 2
 
 
-def _conv(conv: Any) -> StreamedConv:
-    return StreamedConv(conv.conv, kernel=conv.kernel_size[0], ahead=_ahead(conv), channels=conv.conv.out_channels)
+def _conv(conv: Any, end: int) -> StreamedConv:
+    kernel, channels = conv.kernel_size[0], conv.conv.out_channels
+    return StreamedConv(conv.conv, kernel=kernel, ahead=_ahead(conv), channels=channels, end=end)
 
 
 def _modules(decoder: Any) -> list[Any]:
@@ -76,25 +112,26 @@ def _modules(decoder: Any) -> list[Any]:
     return modules
 
 
-def _stages(decoder: Any, temb: Tensor | None) -> list[Stage]:
+def _stages(decoder: Any, temb: Tensor | None, schedule: _Schedule) -> list[Stage]:
     if decoder.timestep_scale_multiplier is not None:
         if temb is None:
             raise ValueError("decode: this LTX decoder is conditioned on a timestep. Pass temb=..., as for vae.decode.")
         temb = temb * decoder.timestep_scale_multiplier
-    conv_in = _conv(decoder.conv_in)
+    ends = iter(schedule.ends)  # taken in the order of the convolutions
+    conv_in = _conv(decoder.conv_in, next(ends))
 
     def enter(hidden: Hidden, cache: Cache, at: Position) -> tuple[Hidden, Cache]:
         x, cache = conv_in(hidden[0], cache, at)
         return (x,), cache
 
     stages: list[Stage] = [enter]
-    stages += [_resnet(module, _embedding(decoder.mid_block, temb)) for module in decoder.mid_block.resnets]
+    stages += [_resnet(module, _embedding(decoder.mid_block, temb), ends) for module in decoder.mid_block.resnets]
     for block in decoder.up_blocks:
         if block.conv_in is not None:  # it takes the timestep as it is: the class does
-            stages.append(_resnet(block.conv_in, lambda x: temb))
-        stages += [_upsample(module) for module in block.upsamplers or []]
-        stages += [_resnet(module, _embedding(block, temb)) for module in block.resnets]
-    return [*stages, _leave(decoder, temb)]
+            stages.append(_resnet(block.conv_in, lambda x: temb, ends))
+        stages += [_upsample(module, ends) for module in block.upsamplers or []]
+        stages += [_resnet(module, _embedding(block, temb), ends) for module in block.resnets]
+    return [*stages, _leave(decoder, temb, ends)]
 
 
 def _embedding(block: Any, temb: Tensor | None) -> Any:
@@ -121,9 +158,8 @@ def _over_channels(norm: Any, x: Tensor) -> Tensor:
     return result
 
 
-def _resnet(module: Any, embed: Any) -> Stage:
-    conv1, conv2 = _conv(module.conv1), _conv(module.conv2)
-    lag = conv1.ahead + conv2.ahead
+def _resnet(module: Any, embed: Any, ends: Iterator[int]) -> Stage:
+    conv1, conv2 = _conv(module.conv1, next(ends)), _conv(module.conv2, next(ends))
 
     def stage(hidden: Hidden, cache: Cache, at: Position) -> tuple[Hidden, Cache]:
         (x,) = hidden
@@ -138,7 +174,7 @@ def _resnet(module: Any, embed: Any) -> Stage:
         if module.scale_shift_table is not None:
             y = y * (1 + scale2) + shift2
         y, second = conv2(module.dropout(module.nonlinearity(y)), before[1], at)
-        x, waiting = delayed(x, lag, before[2], at)
+        x, waiting = waiting_for(y.shape[2], x, before[2])
         if module.norm3 is not None:
             x = _over_channels(module.norm3, x)
         if module.conv_shortcut is not None:
@@ -148,8 +184,8 @@ def _resnet(module: Any, embed: Any) -> Stage:
     return stage
 
 
-def _upsample(module: Any) -> Stage:
-    conv = _conv(module.conv)
+def _upsample(module: Any, ends: Iterator[int]) -> Stage:
+    conv = _conv(module.conv, next(ends))
     time, high, wide = module.stride
 
     def unpacked(x: Tensor, channels: int) -> Tensor:
@@ -161,11 +197,11 @@ def _upsample(module: Any) -> Stage:
         (x,) = hidden
         before, waiting, begun = cache or (None, None, False)
         y, before = conv(x, before, at)
-        packed = time * high * wide
+        packed, n_ready = time * high * wide, y.shape[2]
         skipped = 0 if begun or y.shape[2] == 0 else time - 1  # of the video's first frame one is left
         y = unpacked(y, y.shape[1] // packed)
         if module.residual:
-            x, waiting = delayed(x, conv.ahead, waiting, at)
+            x, waiting = waiting_for(n_ready, x, waiting)
             repeats = packed // module.upscale_factor
             y = y + unpacked(x, x.shape[1] // packed).repeat(1, repeats, 1, 1, 1)
         return (y[:, :, skipped:],), (before, waiting, begun or y.shape[2] > 0)
@@ -173,8 +209,8 @@ def _upsample(module: Any) -> Stage:
     return stage
 
 
-def _leave(decoder: Any, temb: Tensor | None) -> Stage:
-    conv_out = _conv(decoder.conv_out)
+def _leave(decoder: Any, temb: Tensor | None, ends: Iterator[int]) -> Stage:
+    conv_out = _conv(decoder.conv_out, next(ends))
     space, time = decoder.patch_size, decoder.patch_size_t
 
     def stage(hidden: Hidden, cache: Cache, at: Position) -> tuple[Hidden, Cache]:

@@ -21,6 +21,7 @@ class Position(NamedTuple):
 
     first: bool
     last: bool
+    number: int
 
 
 Stage = Callable[[Hidden, Cache, Position], tuple[Hidden, Cache]]
@@ -31,7 +32,7 @@ class Stream(Protocol):
     """A decoder that works through a video in steps.
 
     Attributes:
-        steps: the latents that each step reads, as slices of time. They may overlap.
+        steps: the latents that each step reads, as slices of time. They may overlap, or be empty behind the end.
         counts: the frames that each step writes.
         exact: one sentence: of which decode the frames and gradients are exact.
         light: its caches are small beside the activations of a step, or there are none.
@@ -97,7 +98,7 @@ class Chain:
 
     def step(self, latents: Tensor, cache: Cache, index: int, *, checkpoint: bool) -> tuple[Tensor, Cache]:
         """One step: see :meth:`Stream.step`."""
-        at = Position(index == 0, index == len(self.steps) - 1)
+        at = Position(index == 0, index == len(self.steps) - 1, index)
         before = cache if cache is not None else (None,) * len(self.stages)
         hidden: Hidden = (latents,)
         after = []
@@ -140,12 +141,15 @@ class Chunk:
 
 
 def chunks_of(stream: Stream, size: int) -> list[Chunk]:
-    """Consecutive steps, together at least ``size`` latents where so many are left."""
+    """Consecutive steps, together at least ``size`` latents where so many are left; a step without counts as one."""
     chunks: list[Chunk] = []
     start, written = 0, 0
     while start < len(stream.steps):
-        stop = start + 1
-        while stop < len(stream.steps) and stream.steps[stop - 1].stop - stream.steps[start].start < size:
+        stop, empty = start, 0
+        while stop < len(stream.steps) and (
+            stop == start or stream.steps[stop - 1].stop - stream.steps[start].start + empty < size
+        ):
+            empty += stream.steps[stop].start == stream.steps[stop].stop
             stop += 1
         first, last = stream.steps[start].start, max(stream.steps[index].stop for index in range(start, stop))
         count = sum(stream.counts[start:stop])
