@@ -81,7 +81,7 @@ class PromptBatches:
         self.fingerprint = fingerprint(self.texts)
 
     def __getitem__(self, index: int) -> Batch:
-        return Batch([self.texts[item] for item in self.indices[index]])
+        return Batch([self.texts[item] for item in self.indices[index]], number=index)
 
 
 class VideoBatches:
@@ -109,6 +109,7 @@ class VideoBatches:
         return Batch(
             [self.texts[item] for item in items],
             latents=torch.stack([self._latents(item) for item in items]),
+            number=index,
         )
 
     def _latents(self, item: int) -> Tensor:

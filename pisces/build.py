@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 
 from pisces.algorithms import (
@@ -10,11 +12,12 @@ from pisces.algorithms import (
     Draft,
     FlowMatching,
     FrozenBase,
+    Grpo,
     OneStep,
     RewardModule,
 )
 from pisces.batches import PromptBatches, VideoBatches
-from pisces.config import ConsistencyConfig, DraftConfig, FlowMatchingConfig, TrainConfig, resolve_path
+from pisces.config import ConsistencyConfig, DraftConfig, FlowMatchingConfig, GrpoConfig, TrainConfig, resolve_path
 from pisces.data import VideoFolder, read_prompts
 from pisces.encoders import load_encoder
 from pisces.ot_map import Alignment
@@ -111,6 +114,8 @@ def build_algorithm(config: TrainConfig, adapter: PipelineAdapter, rewards: Rewa
             checkpointing=settings.checkpointing,
             **video_size(config),
         )
+    if isinstance(settings, GrpoConfig):
+        return Grpo(adapter, rewards, base, **asdict(settings), size=video_size(config))
     return OneStep(
         adapter,
         rewards,

@@ -273,6 +273,30 @@ def sample(
     typer.echo(f"wrote {len(files)} videos to {output}, see {output / 'contact-sheet.png'}")
 
 
+@app.command("make-tiny")
+@_reported
+def make_tiny(
+    name: Annotated[str, typer.Argument(help="wan, hunyuanvideo, hunyuanvideo15, cogvideox, ltx or mochi.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; an older pipeline there is replaced.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights.")] = 0,
+) -> None:
+    """Write a tiny text-to-video pipeline with random weights: to try settings before the real one is loaded.
+
+    Every part is of the class that the real pipeline has, and goes through the same loading code. Its videos are noise.
+
+    Examples:
+
+      pisces make-tiny hunyuanvideo /tmp/tiny-hunyuan
+
+      pisces train examples/draft.yaml --set pipeline.path=/tmp/tiny-hunyuan
+    """
+    from pisces.pipelines.tiny import make_tiny as run
+
+    if folder.exists() and not (folder / "model_index.json").is_file() and any(folder.iterdir()):
+        raise ValueError(f"make-tiny: {folder} is not empty and holds no pipeline. Choose another folder.")
+    typer.echo(f"wrote {run(name, folder, seed=seed)}")
+
+
 @app.command()
 @_reported
 def plan(

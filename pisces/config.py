@@ -12,20 +12,47 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from pisces.algorithms.settings import (
+    ALGORITHMS,
+    AlgorithmConfig,
+    ConsistencyConfig,
+    DraftConfig,
+    FlowMatchingConfig,
+    GrpoConfig,
+    OneStepConfig,
+    need,
+)
 from pisces.decode.decoding import MEMORY
 from pisces.decode.replay import SWEEPS
+from pisces.pipelines.files import find_pipeline
 from pisces.rewards.semantic import Transport
 
+__all__ = [
+    "ALGORITHMS",
+    "AlgorithmConfig",
+    "ConsistencyConfig",
+    "DataConfig",
+    "DecodeConfig",
+    "DraftConfig",
+    "FlowMatchingConfig",
+    "GrpoConfig",
+    "LoraConfig",
+    "OneStepConfig",
+    "OptimizerConfig",
+    "OutputConfig",
+    "PipelineConfig",
+    "RewardsConfig",
+    "TrainConfig",
+    "load_config",
+    "pipeline_path",
+    "resolve_path",
+]
+
 PACKAGED = "packaged:"
-
-
-def _need(ok: bool, key: str, value: object, wanted: str) -> None:
-    if not ok:
-        raise ValueError(f"{key}: got {value!r}, expected {wanted}.")
 
 
 @dataclass(frozen=True)
@@ -45,9 +72,9 @@ class DecodeConfig:
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
-        _need(self.memory in MEMORY, "pipeline.decode.memory", self.memory, " or ".join(MEMORY))
-        _need(self.states in SWEEPS, "pipeline.decode.states", self.states, " or ".join(SWEEPS))
-        _need(self.chunk >= 1, "pipeline.decode.chunk", self.chunk, "at least 1")
+        need(self.memory in MEMORY, "pipeline.decode.memory", self.memory, " or ".join(MEMORY))
+        need(self.states in SWEEPS, "pipeline.decode.states", self.states, " or ".join(SWEEPS))
+        need(self.chunk >= 1, "pipeline.decode.chunk", self.chunk, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -55,7 +82,8 @@ class PipelineConfig:
     """The generator to train.
 
     Attributes:
-        path: a local diffusers directory, or ``packaged:NAME`` for one that comes with the package.
+        path: a local diffusers directory, a hub name that is in the local Hugging Face cache, or ``packaged:NAME``
+            for one that comes with the package.
         dtype: float32, or bfloat16.
         decode: how its videos are decoded.
         n_frames: frames of a video; None takes the directory's ``pisces.json``, as below.
@@ -71,7 +99,7 @@ class PipelineConfig:
     width: int | None = None
 
     def __post_init__(self) -> None:
-        _need(self.dtype in ("float32", "bfloat16"), "pipeline.dtype", self.dtype, "float32 or bfloat16")
+        need(self.dtype in ("float32", "bfloat16"), "pipeline.dtype", self.dtype, "float32 or bfloat16")
 
 
 @dataclass(frozen=True)
@@ -89,8 +117,8 @@ class DataConfig:
     batch_size: int = 1  # PISCES: 1 a GPU
 
     def __post_init__(self) -> None:
-        _need(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
-        _need(not (self.prompts and self.videos), "data", "prompts and videos", "one of the two")
+        need(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
+        need(not (self.prompts and self.videos), "data", "prompts and videos", "one of the two")
 
 
 @dataclass(frozen=True)
@@ -118,75 +146,9 @@ class RewardsConfig:
 
     def __post_init__(self) -> None:
         for key in ("quality", "semantic"):
-            _need(getattr(self, key) >= 0, f"rewards.{key}", getattr(self, key), "at least 0")
-        _need(self.quality + self.semantic > 0, "rewards", "quality 0 and semantic 0", "a positive weight")
-        _need(self.reference_batch >= 2, "rewards.reference_batch", self.reference_batch, "at least 2")
-
-
-@dataclass(frozen=True)
-class OneStepConfig:
-    """Algorithm ``one_step``: see :class:`pisces.algorithms.OneStep`."""
-
-    name: ClassVar[str] = "one_step"
-    needs_videos: ClassVar[bool] = True
-    needs_rewards: ClassVar[bool] = True
-    steps: int = 50  # PISCES: 50 Euler steps
-    anchor_weight: float = 1.0  # PISCES: weight of the consistency loss
-    phases: int = 1  # PISCES: one phase
-    huber_c: float = 0.001  # PISCES
-
-    def __post_init__(self) -> None:
-        _need(self.steps >= 1, "algorithm.steps", self.steps, "at least 1")
-        _need(self.anchor_weight >= 0, "algorithm.anchor_weight", self.anchor_weight, "at least 0")
-
-
-@dataclass(frozen=True)
-class DraftConfig:
-    """Algorithm ``draft``: see :class:`pisces.algorithms.Draft`."""
-
-    name: ClassVar[str] = "draft"
-    needs_videos: ClassVar[bool] = False
-    needs_rewards: ClassVar[bool] = True
-    steps: int = 4  # of the small world: the fewest steps whose videos have a shape
-    last_k: int | None = None  # all steps; DRaFT (arXiv 2309.17400) finds K = 1 enough for images
-    anchor_weight: float = 1.0  # as PISCES weighs its anchor; without one rewards are hacked
-    checkpointing: bool = False  # True trades a second forward pass for the memory of K - 1 steps
-
-    def __post_init__(self) -> None:
-        _need(self.steps >= 1, "algorithm.steps", self.steps, "at least 1")
-        _need(self.anchor_weight >= 0, "algorithm.anchor_weight", self.anchor_weight, "at least 0")
-
-
-@dataclass(frozen=True)
-class ConsistencyConfig:
-    """Algorithm ``consistency``: see :class:`pisces.algorithms.Consistency`."""
-
-    name: ClassVar[str] = "consistency"
-    needs_videos: ClassVar[bool] = True
-    needs_rewards: ClassVar[bool] = False
-    steps: int = 50  # PISCES: 50 Euler steps
-    phases: int = 1  # PISCES: one phase
-    huber_c: float = 0.001  # PISCES
-
-    def __post_init__(self) -> None:
-        _need(self.steps >= 1, "algorithm.steps", self.steps, "at least 1")
-
-
-@dataclass(frozen=True)
-class FlowMatchingConfig:
-    """Algorithm ``flow_matching``: see :class:`pisces.algorithms.FlowMatching`."""
-
-    name: ClassVar[str] = "flow_matching"
-    needs_videos: ClassVar[bool] = True
-    needs_rewards: ClassVar[bool] = False
-    shift: float | None = None  # the scheduler's
-    caption_dropout: float = 0.1  # classifier-free guidance (arXiv 2207.12598): .1 to .2
-
-
-AlgorithmConfig = OneStepConfig | DraftConfig | ConsistencyConfig | FlowMatchingConfig
-ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
-    kind.name: kind for kind in (OneStepConfig, DraftConfig, ConsistencyConfig, FlowMatchingConfig)
-}
+            need(getattr(self, key) >= 0, f"rewards.{key}", getattr(self, key), "at least 0")
+        need(self.quality + self.semantic > 0, "rewards", "quality 0 and semantic 0", "a positive weight")
+        need(self.reference_batch >= 2, "rewards.reference_batch", self.reference_batch, "at least 2")
 
 
 @dataclass(frozen=True)
@@ -202,14 +164,14 @@ class OptimizerConfig:
     ema_decay: float = 0.0  # PISCES: no EMA; 0 is off
 
     def __post_init__(self) -> None:
-        _need(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
-        _need(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
-        _need(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
-        _need(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "at least 0")
+        need(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
+        need(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        need(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
+        need(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "at least 0")
         clip = self.grad_clip
-        _need(clip is None or clip > 0, "optimizer.grad_clip", clip, "a positive number or null")
-        _need(self.accumulation >= 1, "optimizer.accumulation", self.accumulation, "at least 1")
-        _need(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "0 (off) or a number below 1")
+        need(clip is None or clip > 0, "optimizer.grad_clip", clip, "a positive number or null")
+        need(self.accumulation >= 1, "optimizer.accumulation", self.accumulation, "at least 1")
+        need(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "0 (off) or a number below 1")
 
 
 @dataclass(frozen=True)
@@ -227,8 +189,8 @@ class LoraConfig:
     targets: tuple[str, ...] | None = None  # PISCES: attention and MLP projections
 
     def __post_init__(self) -> None:
-        _need(self.rank >= 1, "lora.rank", self.rank, "at least 1")
-        _need(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
+        need(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        need(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
 
 
 @dataclass(frozen=True)
@@ -246,8 +208,8 @@ class OutputConfig:
     keep: int = 2  # one to go on from, one in case that a disk damages it
 
     def __post_init__(self) -> None:
-        _need(self.save_every >= 1, "output.save_every", self.save_every, "at least 1")
-        _need(self.keep >= 1, "output.keep", self.keep, "at least 1")
+        need(self.save_every >= 1, "output.save_every", self.save_every, "at least 1")
+        need(self.keep >= 1, "output.keep", self.keep, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -258,7 +220,7 @@ class TrainConfig:
         pipeline: the generator.
         data: prompts or captioned videos.
         rewards: what is rewarded.
-        algorithm: one of the four, named by the key ``name``.
+        algorithm: one of the five, named by the key ``name``.
         optimizer: AdamW.
         lora: low-rank adapters; None (``null``) trains every weight of the transformer.
         output: where results go.
@@ -277,8 +239,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _need(self.steps >= 1, "steps", self.steps, "at least 1")
-        _need(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        need(self.steps >= 1, "steps", self.steps, "at least 1")
+        need(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -316,7 +278,10 @@ class TrainConfig:
             named["rewards.ot_map"] = self.rewards.ot_map
         for key, name in named.items():
             if name is not None:
-                path = resolve_path(name)
+                try:
+                    path = pipeline_path(name) if key == "pipeline.path" else resolve_path(name)
+                except FileNotFoundError as error:
+                    raise FileNotFoundError(f"{key}: {error}") from error
                 if not path.exists():
                     raise FileNotFoundError(f"{key}: no such file or directory: {path}")
 
@@ -370,6 +335,15 @@ def resolve_path(name: str) -> Path:
 
         return checkpoint_path(name.removeprefix(PACKAGED))
     return Path(name).expanduser()
+
+
+def pipeline_path(name: str) -> Path:
+    """The directory of a pipeline: ``packaged:NAME``, a path, or a name in the local Hugging Face cache.
+
+    Raises:
+        FileNotFoundError: if it is none of these.
+    """
+    return resolve_path(name) if name.startswith(PACKAGED) else find_pipeline(name)
 
 
 def _override(values: dict[str, Any], override: str) -> None:

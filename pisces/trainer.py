@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pisces.algorithms import Algorithm
+from pisces.algorithms.base import Stateful
 from pisces.batches import Batches
-from pisces.config import TrainConfig, resolve_path
+from pisces.config import TrainConfig, pipeline_path
 from pisces.pipelines import load_pipeline
 from pisces.pipelines.base import PipelineAdapter
 from pisces.pipelines.trainable import prepare
@@ -109,6 +110,7 @@ class Trainer:
             weight_decay=settings.weight_decay,
         )
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if settings.ema_decay else {}
+        self.updates = algorithm.updates if isinstance(algorithm, Stateful) else 1
         self.step = 0
         self.skipped = 0
         self._skipped_in_a_row = 0
@@ -170,10 +172,12 @@ class Trainer:
         lr = settings.lr * min(1.0, (self.step + 1) / max(1, settings.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if isinstance(self.algorithm, Stateful) and self.step % self.updates == 0:
+            self.algorithm.begin()
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, float] = {}
         for part in range(parts):
-            batch = self.batches[self.step * parts + part]
+            batch = self.batches[self.step // self.updates * parts + part]
             generator = step_generator(self.config.seed, self.step, part)
             loss, logs = self.algorithm.loss(batch, generator)
             (loss / parts).backward()
@@ -250,7 +254,13 @@ class Trainer:
         return save_checkpoint(
             self.output / "checkpoints",
             self.step,
-            {"weights": self.parameters, "optimizer": moments, "ema": self.ema, "random": random_tensors},
+            {
+                "weights": self.parameters,
+                "optimizer": moments,
+                "ema": self.ema,
+                "random": random_tensors,
+                "algorithm": self.algorithm.state() if isinstance(self.algorithm, Stateful) else {},
+            },
             {
                 "config": self.config.to_dict(),
                 "data": self.batches.fingerprint,
@@ -292,6 +302,8 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         state = {number[name]: values for name, values in moments.items()}
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if isinstance(self.algorithm, Stateful):
+            self.algorithm.load_state(checkpoint.tensors.get("algorithm", {}))
         self.step = checkpoint.step
         self.skipped, self._skipped_in_a_row = checkpoint.meta["skipped"]
         set_random_states(checkpoint.tensors["random"], checkpoint.meta["random"])
@@ -383,7 +395,7 @@ def build_training(config: TrainConfig) -> Trainer:
     config.check_inputs()
     settings = config.pipeline
     adapter = load_pipeline(
-        resolve_path(settings.path), dtype=getattr(torch, settings.dtype), decoding=asdict(settings.decode)
+        pipeline_path(settings.path), dtype=getattr(torch, settings.dtype), decoding=asdict(settings.decode)
     )
     batches = build_batches(config, adapter)
     # Before anything is trainable: the rewards' reference batch is drawn from the base model.

@@ -60,7 +60,7 @@ class LinearAdapter:
         self.transformer = torch.nn.Linear(1, 1)
         self.device = torch.device("cpu")
 
-    def sigmas(self, steps: int) -> Tensor:
+    def sigmas(self, steps: int, shape: Any = None) -> Tensor:
         return self.levels
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
@@ -94,9 +94,12 @@ def test_flow_matching_is_the_formula_in_float64(adapter: WanAdapter, seed: int)
     errors = []
     for i in range(3):
         x = sigma[i] * noise[i] + (1 - sigma[i]) * x0[i].double()
-        embeds = adapter.encode_prompts([prompts[i]]).double()
+        (embeds,) = adapter.encode_prompts([prompts[i]]).values()
         v = model(
-            hidden_states=x[None], timestep=1000 * sigma[i : i + 1], encoder_hidden_states=embeds, return_dict=False
+            hidden_states=x[None],
+            timestep=1000 * sigma[i : i + 1],
+            encoder_hidden_states=embeds.double(),
+            return_dict=False,
         )[0][0]
         errors.append((v - (noise[i] - x0[i].double())).square().mean())
     assert float(loss.detach()) == pytest.approx(float(torch.stack(errors).mean().detach()), rel=1e-4)

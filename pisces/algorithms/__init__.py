@@ -4,6 +4,7 @@ from pisces.algorithms.base import Algorithm, Batch, FrozenBase, RewardModule, r
 from pisces.algorithms.consistency import Consistency, base_anchor, pseudo_huber
 from pisces.algorithms.draft import Draft
 from pisces.algorithms.flow_matching import FlowMatching
+from pisces.algorithms.grpo import Grpo
 from pisces.algorithms.one_step import OneStep
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Draft",
     "FlowMatching",
     "FrozenBase",
+    "Grpo",
     "OneStep",
     "RewardModule",
     "base_anchor",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from pisces.pipelines.base import PipelineAdapter
+from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
 
 Logs = dict[str, Tensor]
 
@@ -23,18 +23,42 @@ class Batch:
         prompts: B texts.
         frames: [B, T, C, H, W] in [0, 1] of real videos, where the algorithm needs them.
         latents: [B, C, t, h, w] normalised latents of the same videos, if already encoded.
+        number: of the batch in the run's data.
     """
 
     prompts: list[str]
     frames: Tensor | None = None
     latents: Tensor | None = None
+    number: int = 0
 
 
 class Algorithm(Protocol):
-    """A training objective; the trainer knows nothing else of it."""
+    """A training objective; the trainer knows nothing else of it.
+
+    One that learns several times from a batch is :class:`Stateful` too.
+    """
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """The scalar loss of one micro-batch and the scalars to log; all noise comes from ``generator``."""
+        ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An algorithm that makes several optimizer steps of what it found out about a batch."""
+
+    updates: int
+
+    def begin(self) -> None:
+        """Forget the former batches: ``updates`` steps on new ones follow."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what ``state`` returned."""
         ...
 
 
@@ -65,7 +89,7 @@ class FrozenBase:
             self.copy = copy.deepcopy(adapter.transformer).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds) -> Tensor:
         """The base's velocity [B, C, t, h, w]; arguments as in ``PipelineAdapter.velocity``."""
         if self.copy is not None:
             return self.adapter.velocity(latents, sigma, prompt_embeds, transformer=self.copy)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pisces.algorithms.base import Batch, FrozenBase, Logs, draw, expand, real_latents
-from pisces.pipelines.base import PipelineAdapter
+from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
 
 
 def pseudo_huber(x: Tensor, y: Tensor, c: float = 0.001) -> Tensor:
@@ -15,7 +15,7 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float = 0.001) -> Tensor:
 
 
 def base_anchor(
-    adapter: PipelineAdapter, base: FrozenBase, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor
+    adapter: PipelineAdapter, base: FrozenBase, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds
 ) -> Tensor:
     """``mean((v_student - v_base)^2)`` at the given states, which are taken as constants.
 
@@ -24,7 +24,7 @@ def base_anchor(
         base: the frozen model.
         latents: [B, C, t, h, w] visited states.
         sigma: [B] or 0-dim, their noise levels.
-        prompt_embeds: [B, L, D].
+        prompt_embeds: of B prompts.
 
     Returns:
         A scalar, zero as long as the student is the base.
@@ -90,36 +90,36 @@ class Consistency:
         x0 = real_latents(self.adapter, batch, who="Consistency")
         embeds = self.adapter.encode_prompts(batch.prompts)
         x_n, index = self.noised(x0, generator)
-        velocity = self.adapter.velocity(x_n, self.levels(index), embeds)
+        velocity = self.adapter.velocity(x_n, self.levels(index, x_n), embeds)
         loss = self.distance(x_n, index, embeds, velocity)
         return loss, {"consistency": loss.detach()}
 
-    def levels(self, index: Tensor) -> Tensor:
-        """The noise levels [B] of the step numbers ``index`` [B]."""
-        return self.adapter.sigmas(self.steps)[index]
+    def levels(self, index: Tensor, latents: Tensor) -> Tensor:
+        """The noise levels [B] of the step numbers ``index`` [B], for latents [B, C, t, h, w]."""
+        return self.adapter.sigmas(self.steps, tuple(latents.shape[1:]))[index]
 
     def noised(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Videos at random levels: ``(x_n [B, C, t, h, w], n [B])``."""
         noise = draw(tuple(x0.shape), generator, x0.device)
         index = torch.randint(self.steps, (len(x0),), generator=generator, device=generator.device)
         index = index.to(x0.device)
-        sigma = expand(self.levels(index))
+        sigma = expand(self.levels(index, x0))
         return sigma * noise + (1.0 - sigma) * x0, index
 
-    def distance(self, x_n: Tensor, index: Tensor, prompt_embeds: Tensor, velocity: Tensor) -> Tensor:
+    def distance(self, x_n: Tensor, index: Tensor, prompt_embeds: PromptEmbeds, velocity: Tensor) -> Tensor:
         """The loss for states ``x_n`` at step numbers ``index`` where the student predicted ``velocity``.
 
         Args:
             x_n: [B, C, t, h, w].
             index: [B] step numbers n.
-            prompt_embeds: [B, L, D].
+            prompt_embeds: of B prompts.
             velocity: [B, C, t, h, w] ``v_student(x_n)``, with gradient.
 
         Returns:
             The scalar loss.
         """
-        sigma, sigma_next = self.levels(index), self.levels(index + 1)
-        sigma_end = self.levels(self.phase_end.to(index.device)[index])
+        sigma, sigma_next = self.levels(index, x_n), self.levels(index + 1, x_n)
+        sigma_end = self.levels(self.phase_end.to(index.device)[index], x_n)
         student = x_n + expand(sigma_end - sigma) * velocity
         with torch.no_grad():
             y = x_n + expand(sigma_next - sigma) * self.base.velocity(x_n, sigma, prompt_embeds)

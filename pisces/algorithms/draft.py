@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pisces.algorithms.base import Batch, FrozenBase, Logs, RewardModule, reward_loss
 from pisces.algorithms.consistency import base_anchor
-from pisces.pipelines.base import PipelineAdapter
+from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
 
 
 class Draft:
@@ -67,7 +67,7 @@ class Draft:
         self.anchor_weight = anchor_weight
         self.checkpointing = checkpointing
         self.shape = adapter.latent_shape(n_frames=n_frames, height=height, width=width)
-        reach = float(adapter.sigmas(steps)[steps - last_k])
+        reach = float(adapter.sigmas(steps, self.shape)[steps - last_k])
         if reach < 0.02:
             warnings.warn(
                 f"Draft: the last {last_k} of {steps} steps only go from sigma {reach:.3f} to 0, so almost no gradient "
@@ -94,23 +94,23 @@ class Draft:
         loss, logs = reward_loss(self.rewards, adapter.decode(latents), batch.prompts)
         if self.anchor_weight and self.base is not None:
             n = int(torch.randint(self.steps, (), generator=generator, device=generator.device))
-            anchor = base_anchor(adapter, self.base, visited[n], adapter.sigmas(self.steps)[n], embeds)
+            anchor = base_anchor(adapter, self.base, visited[n], adapter.sigmas(self.steps, self.shape)[n], embeds)
             loss = loss + self.anchor_weight * anchor
             logs["anchor"] = anchor.detach()
         return loss, logs
 
-    def rollout(self, noise: Tensor, prompt_embeds: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def rollout(self, noise: Tensor, prompt_embeds: PromptEmbeds) -> tuple[Tensor, list[Tensor]]:
         """Sample from ``noise``, the last K steps with gradient.
 
         Args:
             noise: [B, C, t, h, w].
-            prompt_embeds: [B, L, D].
+            prompt_embeds: of B prompts.
 
         Returns:
             The final latents, and the detached state before each step.
         """
         latents, visited = noise, []
-        for n, (sigma, sigma_next) in enumerate(itertools.pairwise(self.adapter.sigmas(self.steps))):
+        for n, (sigma, sigma_next) in enumerate(itertools.pairwise(self.adapter.sigmas(self.steps, self.shape))):
             visited.append(latents.detach())
             with torch.set_grad_enabled(torch.is_grad_enabled() and n >= self.steps - self.last_k):
                 if self.checkpointing and torch.is_grad_enabled():

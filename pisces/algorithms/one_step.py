@@ -59,7 +59,7 @@ class OneStep:
         x0 = real_latents(self.adapter, batch, who="OneStep")
         embeds = self.adapter.encode_prompts(batch.prompts)
         x_n, index = self.consistency.noised(x0, generator)
-        sigma = self.consistency.levels(index)
+        sigma = self.consistency.levels(index, x_n)
         velocity = self.adapter.velocity(x_n, sigma, embeds)
         frames = self.adapter.decode(x_n - expand(sigma) * velocity)
         loss, logs = reward_loss(self.rewards, frames, batch.prompts)

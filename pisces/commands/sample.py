@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pisces.config import resolve_path
+from pisces.config import pipeline_path
 from pisces.data import atomic_path, write_metadata, write_video
 from pisces.pipelines import load_pipeline
 from pisces.report import contact_sheet
@@ -63,9 +63,9 @@ def sample(
     """
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"sample: --fps is {fps}, expected a positive number.")
-    adapter = load_pipeline(resolve_path(pipeline))
+    adapter = load_pipeline(pipeline_path(pipeline))
     if lora is not None:
-        _load_lora(adapter.pipe, lora)
+        adapter.load_lora(_lora_file(lora))
     defaults = getattr(adapter, "defaults", {})
     rate = fps or defaults.get("fps", FPS)
     files: list[Path] = []
@@ -105,17 +105,12 @@ def _noise(adapter: Any, seed: int, n_frames: int | None, height: int | None, wi
     return torch.randn((1, *shape), generator=generator).to(adapter.device)
 
 
-def _load_lora(pipe: Any, lora: Path) -> None:
-    """Load the one LoRA file at a path; its name is passed on, since diffusers cannot look for it offline."""
+def _lora_file(lora: Path) -> Path:
+    """The one LoRA file at a path."""
     files = [lora] if lora.is_file() else sorted(lora.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"sample: no LoRA at {str(lora)!r}, expected a directory with a .safetensors file.")
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise ValueError(f"sample: {str(lora)!r} holds several LoRA files ({names}). Give the path of one.")
-    try:
-        pipe.load_lora_weights(str(files[0].parent), weight_name=files[0].name, local_files_only=True)
-    except RuntimeError as error:  # torch lists every tensor whose shape differs
-        raise ValueError(f"sample: the LoRA {str(files[0])!r} is of another model than this pipeline.") from error
-    if not getattr(pipe.transformer, "peft_config", None):  # diffusers only warns, and the samples would be the base's
-        raise ValueError(f"sample: {str(files[0])!r} holds no LoRA for this pipeline's transformer.")
+    return files[0]

@@ -9,12 +9,26 @@ from typing import Any
 
 import torch
 
-from pisces.pipelines.base import PipelineAdapter
+from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
+from pisces.pipelines.cogvideox import CogVideoXAdapter
 from pisces.pipelines.files import check_pipeline_dir
+from pisces.pipelines.hunyuan import HunyuanVideo15Adapter, HunyuanVideoAdapter
+from pisces.pipelines.ltx import LTXAdapter
+from pisces.pipelines.mochi import MochiAdapter
 from pisces.pipelines.trainable import prepare
 from pisces.pipelines.wan import WanAdapter
 
-ADAPTERS: dict[str, type[WanAdapter]] = {"WanPipeline": WanAdapter}
+ADAPTERS: dict[str, type[PipelineAdapter]] = {
+    family.pipeline_class: family
+    for family in (
+        WanAdapter,
+        HunyuanVideoAdapter,
+        HunyuanVideo15Adapter,
+        CogVideoXAdapter,
+        LTXAdapter,
+        MochiAdapter,
+    )
+}
 
 
 def load_pipeline(
@@ -45,4 +59,16 @@ def load_pipeline(
     return ADAPTERS[name].from_pretrained(root, dtype=dtype, decoding=decoding)
 
 
-__all__ = ["ADAPTERS", "PipelineAdapter", "WanAdapter", "load_pipeline", "prepare"]
+__all__ = [
+    "ADAPTERS",
+    "CogVideoXAdapter",
+    "HunyuanVideo15Adapter",
+    "HunyuanVideoAdapter",
+    "LTXAdapter",
+    "MochiAdapter",
+    "PipelineAdapter",
+    "PromptEmbeds",
+    "WanAdapter",
+    "load_pipeline",
+    "prepare",
+]

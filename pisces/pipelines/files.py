@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,37 @@ def quiet_files() -> Iterator[None]:
     finally:
         for log in loggers:
             log.enable_progress_bar()
+
+
+def find_pipeline(name: str) -> Path:
+    """The directory of a pipeline: a local path, or a name on the Hugging Face hub that is in the local cache.
+
+    Nothing is downloaded.
+
+    Args:
+        name: such as ``models/wan`` or ``Wan-AI/Wan2.1-T2V-1.3B-Diffusers``.
+
+    Returns:
+        The path as it is if it is there, else the cached snapshot.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(f"no such file or directory: {path}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"no such directory, and no such model in the local Hugging Face cache: {name}. "
+            f"If it is on the hub, fetch it: hf download {name}"
+        ) from error
 
 
 def check_pipeline_dir(path: str | Path, *, who: str) -> Path:

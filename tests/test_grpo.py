@@ -1,0 +1,290 @@
+"""Laws of GRPO: the sampler's marginals, the gradient in closed form, clipping, exact resume, a reward that rises."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from tiny_wan import PROMPTS, build_tiny_wan
+from torch import Tensor
+from torch.distributions import Normal
+from toy_rewards import ColorReward
+
+from pisces.algorithms import Batch, FrozenBase, Grpo
+from pisces.algorithms.grpo import group_advantages, log_density, sde_mean
+from pisces.batches import PromptBatches
+from pisces.config import GrpoConfig, LoraConfig, OptimizerConfig, OutputConfig, TrainConfig
+from pisces.pipelines import WanAdapter, prepare
+from pisces.trainer import Trainer
+
+
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------- the sampler
+
+
+def sampled_deviation(score_sign: float, eta: float) -> float:
+    """Standard deviation at the end of the stochastic sampler for data N(0, 0.5^2), whose velocity is known."""
+    generator, spread = rng(0), 0.5
+    x = torch.randn(40_000, generator=generator, dtype=torch.float64)
+    sigmas = torch.linspace(1, 0, 301, dtype=torch.float64)
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        variance = (1 - sigma) ** 2 * spread**2 + sigma**2
+        velocity = x * (sigma - (1 - sigma) * spread**2) / variance
+        mean = sde_mean(x, velocity, sigma, sigma_next, eta)
+        flat = x - (sigma - sigma_next) * velocity
+        mean = flat + score_sign * (mean - flat)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        x = mean + eta * (sigma - sigma_next).sqrt() * noise * (sigma_next > 0)
+    return float(x.std())
+
+
+@pytest.mark.parametrize("eta", [0.25, 0.7])
+def test_the_noisy_sampler_has_the_flows_marginals(eta: float) -> None:
+    assert sampled_deviation(1.0, eta) == pytest.approx(0.5, rel=0.03)
+    wrong = sampled_deviation(0.0, eta)  # noise without the drift that makes up for it
+    assert abs(wrong - 0.5) > 0.02
+
+
+def test_without_noise_it_is_an_euler_step(seed: int) -> None:
+    x, v = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
+    sigma, sigma_next = torch.tensor(0.7), torch.tensor(0.4)
+    torch.testing.assert_close(sde_mean(x, v, sigma, sigma_next, 0.0), x + (sigma_next - sigma) * v)
+
+
+def test_densities_are_those_of_torch(seed: int) -> None:
+    x, mean, std = torch.randn(3, 2, 5), torch.randn(3, 2, 5), torch.tensor(0.3)
+    torch.testing.assert_close(log_density(x, mean, std), Normal(mean, std).log_prob(x).flatten(1).mean(1))
+
+
+def test_advantages_are_standard_within_their_group(seed: int) -> None:
+    rewards = torch.randn(3, 8) * torch.tensor([[1.0], [100.0], [0.01]]) + 5
+    advantages = group_advantages(rewards.flatten(), 8, 5.0).view(3, 8)
+    torch.testing.assert_close(advantages.mean(1), torch.zeros(3), rtol=0, atol=1e-3)
+    torch.testing.assert_close(advantages.std(1, correction=0), torch.ones(3), rtol=1e-2, atol=0)
+    assert torch.equal(group_advantages(torch.full((4,), 3.0), 4, 5.0), torch.zeros(4))
+    outlier = torch.zeros(100)
+    outlier[7] = 1.0
+    assert group_advantages(outlier, 100, 5.0)[7] == 5.0
+    assert float(group_advantages(outlier, 100, 50.0)[7]) == pytest.approx(math.sqrt(99), rel=1e-3)
+
+
+# ---------------------------------------------------------------------- the gradient
+
+
+class Line:
+    """A flow whose velocity is ``rate * x``, its latents the frames."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = torch.tensor(rate, requires_grad=True)
+        self.device = torch.device("cpu")
+
+    def latent_shape(self, **size: Any) -> tuple[int, int, int, int]:
+        return 3, 2, 2, 2
+
+    def sigmas(self, steps: int, shape: Any = None) -> Tensor:
+        return torch.linspace(1, 0, steps + 1)
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": torch.zeros(len(prompts), 1, 1)}
+
+    def velocity(self, x: Tensor, sigma: Tensor, embeds: Any, *, transformer: Any = None) -> Tensor:
+        return self.rate * x
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.transpose(1, 2)
+
+
+class Base:
+    def velocity(self, x: Tensor, sigma: Tensor, embeds: Any) -> Tensor:
+        return 0.3 * x
+
+
+class TwoRewards:
+    weights: ClassVar[dict[str, float]] = {"bright": 0.7, "red": -0.2}
+
+    def terms(self, frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        return {"bright": frames.mean((1, 2, 3, 4)), "red": frames[:, :, 0].square().mean((1, 2, 3))}
+
+
+def make_line(**options: Any) -> Grpo:
+    settings = {"steps": 5, "group_size": 4, "eta": 0.4, "anchor_weight": 0.0, "checkpointing": False, **options}
+    return Grpo(Line(0.3), TwoRewards(), Base(), **settings)  # type: ignore[arg-type]
+
+
+def test_the_gradient_is_the_policy_gradient_in_closed_form(seed: int) -> None:
+    algorithm = make_line(updates=2)
+    batch = Batch(["a", "b", "c"])
+    loss, logs = algorithm.loss(batch, rng(seed))
+    rate: Tensor = algorithm.adapter.rate  # type: ignore[attr-defined]
+    (grad,) = torch.autograd.grad(loss, rate)
+    rollout = algorithm.rollouts[0]
+    sigmas = torch.linspace(1, 0, 6)
+    wanted = torch.zeros(())
+    for n in range(4):
+        x, x_next = rollout.states[n], rollout.states[n + 1]
+        d, variance = sigmas[n] - sigmas[n + 1], 0.16 * (sigmas[n] - sigmas[n + 1])
+        mean = x * (1 - 0.3 * d - 0.08 * d / sigmas[n] * (1 + 0.3 * (1 - sigmas[n])))
+        slope = -x * d * (1 + 0.08 * (1 - sigmas[n]) / sigmas[n])  # of the mean in the rate
+        score = ((x_next - mean) / variance * slope).mean((1, 2, 3, 4))
+        weighted = 0.7 * rollout.advantages[0] - 0.2 * rollout.advantages[1]
+        wanted -= (weighted * score).mean() / 4
+    assert float(grad) == pytest.approx(float(wanted), rel=1e-3, abs=1e-6)
+    assert float(logs["ratio"]) < 1e-5  # on-policy
+    # Frames are the last states, and so the advantages are those of these videos.
+    terms = TwoRewards().terms(rollout.states[-1].transpose(1, 2), [])
+    for row, name in enumerate(TwoRewards.weights):
+        torch.testing.assert_close(rollout.advantages[row], group_advantages(terms[name], 4, 5.0))
+
+
+def test_a_ratio_beyond_its_bound_has_no_gradient_where_it_is_better(seed: int) -> None:
+    algorithm = make_line(updates=2, clip=1e-6)
+    batch = Batch(["a", "b"])
+    algorithm.loss(batch, rng(seed))
+    rollout = algorithm.rollouts[0]
+    rate: Tensor = algorithm.adapter.rate  # type: ignore[attr-defined]
+    with torch.no_grad():
+        rate.add_(0.2)
+    loss, logs = algorithm.loss(batch, rng(seed + 1))
+    assert logs["clipped"] == 1.0
+    (grad,) = torch.autograd.grad(loss, rate)
+    sigmas, leaf = torch.linspace(1, 0, 6), rate.detach().clone().requires_grad_()
+    total = torch.zeros(())
+    for n in range(4):
+        x, d = rollout.states[n], sigmas[n] - sigmas[n + 1]
+        mean = sde_mean(x, leaf * x, sigmas[n], sigmas[n + 1], 0.4)
+        ratio = (log_density(rollout.states[n + 1], mean, 0.4 * d.sqrt()) - rollout.log_densities[n]).exp()
+        for weight, advantage in zip((0.7, -0.2), rollout.advantages, strict=True):
+            better = torch.where(advantage > 0, ratio > 1 + 1e-6, ratio < 1 - 1e-6)
+            total = total - weight * torch.where(better, 0.0, advantage * ratio).mean() / 4
+    (wanted,) = torch.autograd.grad(total, leaf)
+    assert float(grad) == pytest.approx(float(wanted), rel=1e-4, abs=1e-7)
+    algorithm.begin()
+    assert not algorithm.rollouts
+
+
+def test_the_divergence_from_the_base_is_that_of_two_normals(seed: int) -> None:
+    algorithm = make_line(kl_weight=2.0, trained_steps=1, updates=2)
+    _, logs = algorithm.loss(Batch(["a"]), rng(seed))
+    assert float(logs["kl"]) == 0.0  # the student is the base
+    with torch.no_grad():
+        algorithm.adapter.rate.add_(0.2)  # type: ignore[attr-defined]
+    generator = rng(seed)
+    _, logs = algorithm.loss(Batch(["a"]), generator)
+    states = make_rollout_states(seed)
+    sigmas = torch.linspace(1, 0, 6)
+    candidates = []
+    for n in range(4):
+        means = [sde_mean(states[n], r * states[n], sigmas[n], sigmas[n + 1], 0.4) for r in (0.5, 0.3)]
+        std = 0.4 * (sigmas[n] - sigmas[n + 1]).sqrt()
+        kl = torch.distributions.kl_divergence(Normal(means[0], std), Normal(means[1], std))
+        candidates.append(float(kl.mean()))
+    assert min(abs(float(logs["kl"]) - value) / value for value in candidates) < 1e-3
+
+
+def make_rollout_states(seed: int) -> Tensor:
+    algorithm = make_line(updates=2)
+    algorithm.loss(Batch(["a"]), rng(seed))
+    return algorithm.rollouts[0].states
+
+
+# ---------------------------------------------------------------------- with a pipeline
+
+
+@pytest.fixture(scope="module")
+def wan_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_wan(tmp_path_factory.mktemp("tiny") / "wan", layers=1, shift_terminal=0.2)
+
+
+def make(wan_dir: Path, output: Path, *, steps: int, lr: float = 2e-3, lora: bool = True, **options: Any) -> Trainer:
+    options = {"group_size": 4, "kl_weight": 0.01, **options}
+    settings = GrpoConfig(steps=3, anchor_weight=0.0, **options)
+    config = TrainConfig(
+        algorithm=settings,
+        optimizer=OptimizerConfig(lr=lr, accumulation=1, weight_decay=0.0),
+        lora=LoraConfig(rank=2, alpha=4.0) if lora else None,
+        output=OutputConfig(dir=str(output), save_every=100),
+        steps=steps,
+        seed=3,
+    )
+    adapter = WanAdapter.from_pretrained(wan_dir)
+    prepare(adapter, config.lora, seed=config.seed)
+    algorithm = Grpo(adapter, ColorReward(), FrozenBase(adapter), **dataclasses.asdict(settings))
+    return Trainer(adapter, algorithm, config, batches=PromptBatches(PROMPTS, batch_size=2, seed=config.seed))
+
+
+def test_resume_between_two_updates_of_a_rollout_is_exact(wan_dir: Path, tmp_path: Path) -> None:
+    whole = make(wan_dir, tmp_path / "whole", steps=5, updates=2, clip=0.1)
+    whole.fit()
+    make(wan_dir, tmp_path / "parts", steps=3, updates=2, clip=0.1).fit()
+    second = make(wan_dir, tmp_path / "parts", steps=5, updates=2, clip=0.1)
+    second.fit()
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(parameter, second.parameters[name]), name
+    # Negative control: a forgotten rollout is sampled anew from another policy.
+    other = make(wan_dir, tmp_path / "other", steps=5, updates=2, clip=0.1)
+    (checkpoint,) = (tmp_path / "parts" / "checkpoints").glob("step-00000003")
+    other.load(checkpoint)
+    assert other.algorithm.rollouts  # type: ignore[attr-defined]
+    other.algorithm.rollouts.clear()  # type: ignore[attr-defined]
+    other.train_step()
+    other.train_step()
+    assert any(not torch.equal(p, other.parameters[n]) for n, p in whole.parameters.items())
+
+
+def test_checkpointing_does_not_change_the_gradient(wan_dir: Path, tmp_path: Path, seed: int) -> None:
+    trainer = make(wan_dir, tmp_path, steps=1, updates=2)
+    grads = []
+    for checkpointing in (True, False):
+        trainer.algorithm.checkpointing = checkpointing  # type: ignore[attr-defined]
+        trainer.algorithm.rollouts.clear()  # type: ignore[attr-defined]
+        loss, _ = trainer.algorithm.loss(Batch(PROMPTS[:2]), rng(seed))
+        grads.append(torch.autograd.grad(loss, list(trainer.parameters.values()), allow_unused=True))
+    for one, other in zip(*grads, strict=True):
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_the_reward_rises_to_a_known_optimum(wan_dir: Path, tmp_path: Path) -> None:
+    trainer = make(wan_dir, tmp_path, steps=25, lr=1e-2, lora=False, eta=0.7, clip=0.2, group_size=8, kl_weight=0.0)
+    rewards = [float(trainer.train_step()["reward"]) for _ in range(25)]  # type: ignore[arg-type]
+    first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
+    assert last > 0.8 * first  # both negative, 0 is the optimum
+
+
+def test_all_parts_of_the_loss_run_together(wan_dir: Path, seed: int) -> None:
+    adapter = WanAdapter.from_pretrained(wan_dir)
+    prepare(adapter, LoraConfig(rank=2, alpha=4.0))
+    options = {"steps": 3, "group_size": 2, "trained_steps": 1, "kl_weight": 0.1, "gradient_weight": 0.5}
+    algorithm = Grpo(adapter, ColorReward(), FrozenBase(adapter), anchor_weight=1.0, **options)  # type: ignore[arg-type]
+    batch = Batch(PROMPTS[:2], frames=torch.rand(2, 9, 3, 32, 32))
+    loss, logs = algorithm.loss(batch, rng(seed))
+    loss.backward()
+    assert set(logs) == {"reward", "reward/color", "ratio", "clipped", "kl", "consistency", "reward_gradient"}
+    assert all(math.isfinite(float(value)) for value in logs.values())
+    with pytest.raises(ValueError, match="prompts only"):
+        algorithm.loss(Batch(PROMPTS[:2]), rng(seed))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 1}, "got steps 1, expected at least 2"),
+        ({"group_size": 1}, "got group_size 1, expected at least 2"),
+        ({"updates": 0}, "got updates 0, expected at least 1"),
+        ({"eta": 0.0}, "got eta 0.0, expected a positive number"),
+        ({"trained_steps": 5}, r"got trained_steps 5, expected 1 to 4 \(all but the last\)"),
+    ],
+)
+def test_what_is_not_possible_is_said(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_line(**options)
+    with pytest.raises(ValueError, match="base is None"):
+        Grpo(Line(0.3), TwoRewards(), None)  # type: ignore[arg-type]
