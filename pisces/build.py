@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -104,16 +105,8 @@ def build_algorithm(config: TrainConfig, adapter: PipelineAdapter, rewards: Rewa
     if rewards is None:
         raise ValueError(f"build_algorithm: {settings.name} needs rewards, got None. Use build_rewards.")
     if isinstance(settings, DraftConfig):
-        return Draft(
-            adapter,
-            rewards,
-            base,
-            steps=settings.steps,
-            last_k=settings.last_k,
-            anchor_weight=settings.anchor_weight,
-            checkpointing=settings.checkpointing,
-            **video_size(config),
-        )
+        options: dict[str, Any] = {**asdict(settings), **video_size(config)}
+        return Draft(adapter, rewards, base, **options)
     if isinstance(settings, GrpoConfig):
         return Grpo(adapter, rewards, base, **asdict(settings), size=video_size(config))
     return OneStep(

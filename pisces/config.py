@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 PACKAGED = "packaged:"
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class PipelineConfig:
             for one that comes with the package.
         dtype: float32, or bfloat16.
         decode: how its videos are decoded.
+        gradient_checkpointing: recompute the denoiser's blocks in the backward pass.
         n_frames: frames of a video; None takes the directory's ``pisces.json``, as below.
         height: in pixels.
         width: in pixels.
@@ -94,6 +96,7 @@ class PipelineConfig:
     path: str = "packaged:wan-base"
     dtype: str = "float32"  # PISCES trains in bfloat16 on GPUs; float32 is what a CPU is quick in
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    gradient_checkpointing: bool = False  # PISCES: on; a second forward pass for the memory of one block
     n_frames: int | None = None
     height: int | None = None
     width: int | None = None
@@ -153,12 +156,14 @@ class RewardsConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and a constant learning rate."""
+    """AdamW; the learning rate warms up linearly, then follows a schedule down to ``final_lr`` of itself."""
 
     lr: float = 1e-6  # PISCES, for a 13 B model with LoRA; 0.7 M parameters in full want about 3e-4
     betas: tuple[float, float] = (0.9, 0.999)  # PISCES
     weight_decay: float = 1e-3  # PISCES
-    warmup_steps: int = 0  # PISCES: constant schedule
+    warmup_steps: int = 0  # PISCES: none
+    schedule: str = "constant"  # PISCES; linear and cosine fall over ``steps``
+    final_lr: float = 0.0  # share of lr at the end of a falling schedule
     grad_clip: float | None = 1.0  # PISCES; None does not clip
     accumulation: int = 32  # PISCES: 32 micro-batches an optimizer step
     ema_decay: float = 0.0  # PISCES: no EMA; 0 is off
@@ -168,6 +173,8 @@ class OptimizerConfig:
         need(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
         need(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
         need(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "at least 0")
+        need(self.schedule in SCHEDULES, "optimizer.schedule", self.schedule, " or ".join(SCHEDULES))
+        need(0 <= self.final_lr <= 1, "optimizer.final_lr", self.final_lr, "a share, 0 to 1")
         clip = self.grad_clip
         need(clip is None or clip > 0, "optimizer.grad_clip", clip, "a positive number or null")
         need(self.accumulation >= 1, "optimizer.accumulation", self.accumulation, "at least 1")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pisces.algorithms import Algorithm
 from pisces.algorithms.base import Stateful
 from pisces.batches import Batches
-from pisces.config import TrainConfig, pipeline_path
+from pisces.config import OptimizerConfig, TrainConfig, pipeline_path
 from pisces.pipelines import load_pipeline
 from pisces.pipelines.base import PipelineAdapter
 from pisces.pipelines.trainable import prepare
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 # So many steps skipped in a row mean that something is broken, not that one batch was unlucky.
 MAX_SKIPPED_IN_A_ROW = 10
 # What a resumed run may have changed: how long and where, and how much memory the decode takes.
-FREE_SETTINGS = ("steps", "output.", "pipeline.decode.")
+FREE_SETTINGS = ("steps", "output.", "pipeline.decode.", "pipeline.gradient_checkpointing")
 
 
 class TrainingError(RuntimeError):
@@ -169,7 +169,7 @@ class Trainer:
         started = time.perf_counter()
         settings = self.config.optimizer
         parts = settings.accumulation
-        lr = settings.lr * min(1.0, (self.step + 1) / max(1, settings.warmup_steps))
+        lr = settings.lr * lr_share(self.step, self.config.steps, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if isinstance(self.algorithm, Stateful) and self.step % self.updates == 0:
@@ -322,8 +322,10 @@ class Trainer:
 
     def _check_same_run(self, meta: dict[str, Any], path: Path) -> None:
         """Refuse a checkpoint whose run had other settings, :data:`FREE_SETTINGS` apart."""
+        # A learning rate that falls over the steps depends on their number.
+        free = FREE_SETTINGS if self.config.optimizer.schedule == "constant" else FREE_SETTINGS[1:]
         mine, theirs = (
-            {k: v for k, v in _flat(c).items() if not k.startswith(FREE_SETTINGS)}
+            {k: v for k, v in _flat(c).items() if not k.startswith(free)}
             for c in (self.config.to_dict(), meta["config"])
         )
         changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
@@ -400,7 +402,7 @@ def build_training(config: TrainConfig) -> Trainer:
     batches = build_batches(config, adapter)
     # Before anything is trainable: the rewards' reference batch is drawn from the base model.
     rewards = build_rewards(config, adapter, batches)
-    prepare(adapter, config.lora, seed=config.seed)
+    prepare(adapter, config.lora, seed=config.seed, gradient_checkpointing=settings.gradient_checkpointing)
     algorithm = build_algorithm(config, adapter, rewards)
     return Trainer(adapter, algorithm, config, batches=batches)
 
@@ -421,6 +423,23 @@ def run_training(config: TrainConfig, *, resume: str | Path = "auto") -> Path:
         Interrupted: after a SIGTERM or SIGINT, once the checkpoint is written.
     """
     return build_training(config).fit(resume=resume)
+
+
+def lr_share(step: int, steps: int, settings: OptimizerConfig) -> float:
+    """The learning rate of a step as a share of ``lr``: linear warm-up, then the schedule over the steps that are left.
+
+    Args:
+        step: from 0.
+        steps: of the run.
+        settings: warmup_steps, schedule and final_lr.
+    """
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return 1.0
+    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    left = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return settings.final_lr + (1 - settings.final_lr) * left
 
 
 def _logged_step(line: str) -> float:

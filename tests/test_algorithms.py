@@ -277,6 +277,45 @@ def test_draft_gradient_is_plain_autograd(adapter: WanAdapter, seed: int, last_k
     assert float((ours - wrong).norm() / wrong.norm()) > 0.05
 
 
+def test_random_truncation_draws_k(adapter: WanAdapter, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"steps": 3, "anchor_weight": 0.0}
+    drawn: list[int] = []
+    whole = Draft.rollout
+
+    def rollout(self: Draft, noise: Tensor, embeds: Any, last_k: int) -> Any:
+        drawn.append(last_k)
+        return whole(self, noise, embeds, last_k)
+
+    monkeypatch.setattr(Draft, "rollout", rollout)
+    random_k = Draft(adapter, LinearReward(0), last_k=2, truncation="random", **options)  # type: ignore[arg-type]
+    for offset in range(12):
+        loss, _ = random_k.loss(Batch(PROMPTS[:1]), rng(seed + offset))
+        if offset == 0:
+            ours = flat(gradients(adapter, loss))
+    assert set(drawn) == {1, 2}
+    fixed = Draft(adapter, LinearReward(0), last_k=drawn[0], **options)  # type: ignore[arg-type]
+    wanted = flat(gradients(adapter, fixed.loss(Batch(PROMPTS[:1]), rng(seed))[0]))
+    assert torch.equal(ours, wanted)
+
+
+def test_renoised_samples_take_the_last_step_once_more(adapter: WanAdapter, seed: int) -> None:
+    rewards = LinearReward(0)
+    algorithm = Draft(adapter, rewards, steps=3, last_k=1, renoised=2, anchor_weight=0.0)
+    loss, _ = algorithm.loss(Batch(PROMPTS[:2]), rng(seed))
+    ours = flat(gradients(adapter, loss))
+    generator = rng(seed)
+    first, *others = (torch.randn(2, *adapter.latent_shape(), generator=generator) for _ in range(3))
+    embeds, sigmas = adapter.encode_prompts(PROMPTS[:2]), adapter.sigmas(3)
+    latents, _ = algorithm.rollout(first, embeds, 1)
+    total = rewards.total(adapter.decode(latents))
+    for noise in others:
+        state = sigmas[2] * noise + (1 - sigmas[2]) * latents.detach()
+        total = total + rewards.total(adapter.decode(state - sigmas[2] * adapter.velocity(state, sigmas[2], embeds)))
+    wanted = flat(gradients(adapter, -total / 3))
+    assert float((ours - wanted).norm() / wanted.norm()) < 1e-4
+    torch.testing.assert_close(loss.detach(), -total.detach() / 3, rtol=1e-4, atol=1e-4)
+
+
 def test_a_draft_step_decodes_in_the_memory_of_a_chunk(adapter: WanAdapter, seed: int) -> None:
     peaks = {}
     for memory in ("plain", "chunked"):

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny_wan import PROMPTS, build_tiny_wan
+from meter import memory_meter
+from tiny_wan import PROMPTS, SIZE, build_pipeline, build_tiny_wan
 from torch import Tensor
 from toy_rewards import ColorReward
 
@@ -32,7 +33,7 @@ from pisces.config import (
 )
 from pisces.pipelines import WanAdapter, prepare
 from pisces.state import CheckpointError, latest_checkpoint, list_checkpoints
-from pisces.trainer import Interrupted, Trainer, TrainingError
+from pisces.trainer import Interrupted, Trainer, TrainingError, lr_share
 
 LORA = LoraConfig(rank=2, alpha=4.0)
 FULL_AND_LORA = pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
@@ -255,6 +256,42 @@ def test_two_times_four_is_one_times_eight(wan_dir: Path, tmp_path: Path) -> Non
     # Negative control: half of the batch has another gradient.
     half = gradient_after(wan_dir, tmp_path, batch_size=4, accumulation=1, clip=None)
     assert float((whole - half).norm() / whole.norm()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.8, 0.6, 0.4]),
+        ("cosine", [0.5, 1, 1, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, 0.2 + 0.4 * (1 - math.sqrt(0.5))]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(schedule: str, wanted: list[float]) -> None:
+    settings = OptimizerConfig(warmup_steps=2, schedule=schedule, final_lr=0.2)
+    assert [lr_share(step, 6, settings) for step in range(6)] == pytest.approx(wanted)
+
+
+def test_a_falling_schedule_does_not_change_its_length(wan_dir: Path, tmp_path: Path) -> None:
+    make(wan_dir, settings(tmp_path, steps=1, schedule="cosine")).fit()
+    with pytest.raises(CheckpointError, match="steps: 1 there, 2 here"):
+        make(wan_dir, settings(tmp_path, steps=2, schedule="cosine")).fit()
+
+
+def test_gradient_checkpointing_changes_memory_alone(wan_dir: Path, seed: int) -> None:
+    peaks, grads = [], []
+    for checkpointing in (False, True):
+        adapter = WanAdapter(build_pipeline(layers=6), defaults=SIZE)
+        prepare(adapter, None, gradient_checkpointing=checkpointing)
+        x0 = torch.randn(4, 16, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+        with memory_meter() as memory:
+            loss, _ = FlowMatching(adapter).loss(Batch(PROMPTS, latents=x0), torch.Generator().manual_seed(seed))
+            loss.backward()
+        peaks.append(memory.peak)
+        grads.append([p.grad for p in adapter.transformer.parameters() if p.grad is not None])
+    assert len(grads[0]) > 10
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+    assert peaks[1] < 0.7 * peaks[0]
 
 
 def test_clipping_shortens_and_does_not_turn(wan_dir: Path, tmp_path: Path) -> None:

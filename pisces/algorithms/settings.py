@@ -42,11 +42,15 @@ class DraftConfig:
     needs_rewards: ClassVar[bool] = True
     steps: int = 4  # of the small world: the fewest steps whose videos have a shape
     last_k: int | None = None  # all steps; DRaFT (arXiv 2309.17400) finds K = 1 enough for images
+    truncation: str = "last"  # DRaFT; "random" is AlignProp's (arXiv 2310.03739)
+    renoised: int = 0  # DRaFT-LV takes 2 with last_k 1
     anchor_weight: float = 1.0  # as PISCES weighs its anchor; without one rewards are hacked
     checkpointing: bool = False  # True trades a second forward pass for the memory of K - 1 steps
 
     def __post_init__(self) -> None:
         need(self.steps >= 1, "algorithm.steps", self.steps, "at least 1")
+        need(self.truncation in ("last", "random"), "algorithm.truncation", self.truncation, "last or random")
+        need(self.renoised >= 0, "algorithm.renoised", self.renoised, "at least 0")
         need(self.anchor_weight >= 0, "algorithm.anchor_weight", self.anchor_weight, "at least 0")
 
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from pisces.config import LoraConfig
 
 
-def prepare(adapter: PipelineAdapter, lora: LoraConfig | None, *, seed: int = 0) -> None:
+def prepare(
+    adapter: PipelineAdapter, lora: LoraConfig | None, *, seed: int = 0, gradient_checkpointing: bool = False
+) -> None:
     """Choose what is trained: every weight of the transformer, or a new LoRA adapter on it.
 
     Call it once, before ``FrozenBase`` and ``Trainer``.
@@ -22,6 +24,7 @@ def prepare(adapter: PipelineAdapter, lora: LoraConfig | None, *, seed: int = 0)
         adapter: the pipeline.
         lora: the adapter's settings; None for full fine-tuning.
         seed: of the adapter's first weights (Gaussian A, zero B: at first the model is the base).
+        gradient_checkpointing: recompute the transformer's blocks in the backward pass, for the memory of one block.
 
     An adapter is float32 whatever the transformer is: bfloat16 has 8 bits, and swallows small updates.
 
@@ -32,6 +35,8 @@ def prepare(adapter: PipelineAdapter, lora: LoraConfig | None, *, seed: int = 0)
     transformer: Any = adapter.transformer
     if getattr(transformer, "peft_config", None):
         raise ValueError("prepare: the transformer already has a LoRA adapter. Load the pipeline afresh.")
+    if gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
     if lora is None:
         if transformer.dtype != torch.float32:
             raise ValueError(
