@@ -82,12 +82,13 @@ def reference_batch(
     prompts = prompts[:wanted]
     # The sampler that is trained; an algorithm without a sampler takes the one that the directory recommends.
     settings = config.algorithm
-    steps = settings.steps if isinstance(settings, DraftConfig) else adapter.defaults.get("steps", 50)
+    steps = settings.steps if isinstance(settings, DraftConfig | GrpoConfig) else adapter.defaults.get("steps", 50)
     n_frames, height, width = adapter.video_size(**video_size(config))
     generator = step_generator(config.seed, REFERENCE_TAG, 0, 0)
     frames = []
-    for start in range(0, wanted, 8):
-        part = prompts[start : start + 8]
+    size = config.data.batch_size
+    for start in range(0, wanted, size):
+        part = prompts[start : start + size]
         latents = adapter.sample(part, steps=steps, generator=generator, n_frames=n_frames, height=height, width=width)
         with torch.no_grad():
             frames.append(adapter.decode(latents))
@@ -99,20 +100,22 @@ def build_algorithm(config: TrainConfig, adapter: PipelineAdapter, rewards: Rewa
     settings = config.algorithm
     if isinstance(settings, FlowMatchingConfig):
         return FlowMatching(adapter, shift=settings.shift, caption_dropout=settings.caption_dropout)
-    base = FrozenBase(adapter)
     if isinstance(settings, ConsistencyConfig):
+        base = FrozenBase(adapter)
         return Consistency(adapter, base, steps=settings.steps, phases=settings.phases, huber_c=settings.huber_c)
     if rewards is None:
         raise ValueError(f"build_algorithm: {settings.name} needs rewards, got None. Use build_rewards.")
     if isinstance(settings, DraftConfig):
         options: dict[str, Any] = {**asdict(settings), **video_size(config)}
-        return Draft(adapter, rewards, base, **options)
+        return Draft(adapter, rewards, FrozenBase(adapter) if settings.anchor_weight else None, **options)
     if isinstance(settings, GrpoConfig):
-        return Grpo(adapter, rewards, base, **asdict(settings), size=video_size(config))
+        anchored = settings.anchor_weight or settings.kl_weight
+        base_or_none = FrozenBase(adapter) if anchored else None
+        return Grpo(adapter, rewards, base_or_none, **asdict(settings), size=video_size(config))
     return OneStep(
         adapter,
         rewards,
-        base,
+        FrozenBase(adapter),
         steps=settings.steps,
         anchor_weight=settings.anchor_weight,
         phases=settings.phases,

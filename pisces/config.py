@@ -86,6 +86,8 @@ class PipelineConfig:
         path: a local diffusers directory, a hub name that is in the local Hugging Face cache, or ``packaged:NAME``
             for one that comes with the package.
         dtype: float32, or bfloat16.
+        vae_dtype: of the autoencoder, likewise.
+        device: such as "cuda:1"; None is the first GPU if there is one, else the CPU.
         decode: how its videos are decoded.
         gradient_checkpointing: recompute the denoiser's blocks in the backward pass.
         n_frames: frames of a video; None takes the directory's ``pisces.json``, as below.
@@ -95,6 +97,8 @@ class PipelineConfig:
 
     path: str = "packaged:wan-base"
     dtype: str = "float32"  # PISCES trains in bfloat16 on GPUs; float32 is what a CPU is quick in
+    vae_dtype: str = "float32"  # as diffusers' own Wan example: rewards and their gradients go through it
+    device: str | None = None
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     gradient_checkpointing: bool = False  # PISCES: on; a second forward pass for the memory of one block
     n_frames: int | None = None
@@ -102,7 +106,9 @@ class PipelineConfig:
     width: int | None = None
 
     def __post_init__(self) -> None:
-        need(self.dtype in ("float32", "bfloat16"), "pipeline.dtype", self.dtype, "float32 or bfloat16")
+        for key in ("dtype", "vae_dtype"):
+            value = getattr(self, key)
+            need(value in ("float32", "bfloat16"), f"pipeline.{key}", value, "float32 or bfloat16")
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,8 @@ class Trainer:
             return
         self.skipped += 1
         self._skipped_in_a_row += 1
+        if isinstance(self.algorithm, Stateful):
+            self.algorithm.begin()  # else the same bad rollout comes again
         logger.warning("step %d skipped: %s", self.step + 1, reason)
 
     # ------------------------------------------------------------------ averaged weights
@@ -259,7 +261,7 @@ class Trainer:
                 "optimizer": moments,
                 "ema": self.ema,
                 "random": random_tensors,
-                "algorithm": self.algorithm.state() if isinstance(self.algorithm, Stateful) else {},
+                "algorithm": self._algorithm_state(),
             },
             {
                 "config": self.config.to_dict(),
@@ -319,6 +321,11 @@ class Trainer:
         """AdamW's tensors by parameter name; empty before the first step."""
         state = self.optimizer.state
         return {name: state[p] for name, p in self.parameters.items() if p in state}
+
+    def _algorithm_state(self) -> dict[str, Tensor]:
+        """What the algorithm still needs of the batches so far; nothing where the next step begins with new ones."""
+        needed = isinstance(self.algorithm, Stateful) and self.step % self.updates
+        return self.algorithm.state() if needed else {}  # type: ignore[attr-defined]
 
     def _check_same_run(self, meta: dict[str, Any], path: Path) -> None:
         """Refuse a checkpoint whose run had other settings, :data:`FREE_SETTINGS` apart."""
@@ -397,7 +404,11 @@ def build_training(config: TrainConfig) -> Trainer:
     config.check_inputs()
     settings = config.pipeline
     adapter = load_pipeline(
-        pipeline_path(settings.path), dtype=getattr(torch, settings.dtype), decoding=asdict(settings.decode)
+        pipeline_path(settings.path),
+        dtype=getattr(torch, settings.dtype),
+        vae_dtype=getattr(torch, settings.vae_dtype),
+        device=settings.device,
+        decoding=asdict(settings.decode),
     )
     batches = build_batches(config, adapter)
     # Before anything is trainable: the rewards' reference batch is drawn from the base model.

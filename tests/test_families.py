@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from toy_rewards import ColorReward
 from typer.testing import CliRunner
 
-from pisces.algorithms import Batch, Draft, FrozenBase
+from pisces.algorithms import Batch, Draft, FlowMatching, FrozenBase
 from pisces.cli import app
 from pisces.config import LoraConfig
 from pisces.pipelines import ADAPTERS, LTXAdapter, PipelineAdapter, load_pipeline, prepare
@@ -175,6 +176,7 @@ def test_the_command_writes_what_train_reads(tmp_path: Path) -> None:
     [
         ("cogvideox", lambda pipe: pipe.transformer.register_to_config(patch_size_t=2), "CogVideoX 1.5"),
         ("cogvideox", lambda pipe: pipe.scheduler.register_to_config(prediction_type="epsilon"), "'v_prediction'"),
+        ("cogvideox", lambda pipe: pipe.scheduler.register_to_config(timestep_spacing="linspace"), "'trailing'"),
         ("mochi", lambda pipe: pipe.scheduler.register_to_config(invert_sigmas=False), "invert_sigmas false"),
     ],
 )
@@ -189,6 +191,17 @@ def test_cogvideox_takes_pairs_of_latents() -> None:
     pipe, defaults = TINY["cogvideox"]()
     with pytest.raises(ValueError, match=r"got 5 frames, expected 1 \+ a multiple of 8 .* Use 9"):
         ADAPTERS["CogVideoXPipeline"](pipe, defaults=defaults).latent_shape(n_frames=5)
+
+
+def test_the_shift_of_ltx_is_that_of_the_videos() -> None:
+    pipe, _ = TINY["ltx"]()
+    adapter = ADAPTERS["LTXPipeline"](pipe)  # without defaults
+    adapter.defaults["fps"] = 8
+    losses = FlowMatching(adapter).loss(Batch(PROMPTS, latents=torch.randn(2, 4, 3, 4, 4)), torch.Generator())
+    assert losses[0].isfinite()
+    slope = (2.05 - 0.95) / (4096 - 1024)
+    assert adapter.shift((4, 3, 4, 4)) == pytest.approx(math.exp(0.95 + slope * (48 - 1024)))
+    assert adapter.shift((4, 16, 16, 16)) == pytest.approx(math.exp(2.05))
 
 
 def test_mochi_and_stretched_grids_need_two_steps() -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 from tiny_wan import PROMPTS, SIZE, TEXT_TOKENS, build_pipeline, build_tiny_wan
 from torch import Tensor
 
 from pisces.config import LoraConfig
 from pisces.pipelines import PipelineAdapter, WanAdapter, load_pipeline, prepare
+from pisces.pipelines.files import whole_dir
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,33 @@ def test_lora_goes_through_diffusers_own_format(adapter: WanAdapter, wan_dir: Pa
     torch.testing.assert_close(again, wanted, rtol=0, atol=1e-6)
 
 
+def test_a_loaded_lora_is_saved_again(adapter: WanAdapter, wan_dir: Path, tmp_path: Path, seed: int) -> None:
+    prepare(adapter, LoraConfig(rank=3, alpha=6.0), seed=seed)
+    (first,) = adapter.save_lora(tmp_path / "first").glob("*.safetensors")
+    again = WanAdapter.from_pretrained(wan_dir)
+    again.load_lora(first)
+    (second,) = again.save_lora(tmp_path / "second").glob("*.safetensors")
+    for name, value in load_file(first).items():
+        assert torch.equal(load_file(second)[name], value)
+
+
+def test_the_autoencoder_has_its_own_precision(wan_dir: Path) -> None:
+    adapter = WanAdapter.from_pretrained(wan_dir, dtype=torch.bfloat16, vae_dtype=torch.float32, device="cpu")
+    assert {p.dtype for p in adapter.vae.parameters()} == {torch.float32}
+    assert torch.bfloat16 in {p.dtype for p in adapter.transformer.parameters()}
+    frames = adapter.decode(adapter.sample(PROMPTS[:1], steps=2))
+    assert frames.dtype == torch.float32
+    assert frames.isfinite().all()
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "final.former").mkdir()
+    (tmp_path / "final.former" / "weights").write_text("good")
+    with pytest.raises(RuntimeError), whole_dir(tmp_path / "final"):
+        raise RuntimeError("disk full")
+    assert (tmp_path / "final" / "weights").read_text() == "good"
+
+
 def test_prepare_names_layers_that_are_not_there(adapter: WanAdapter) -> None:
     with pytest.raises(ValueError, match="nonesuch"):
         prepare(adapter, LoraConfig(rank=2, targets=("to_q", "nonesuch")))
@@ -201,6 +230,7 @@ def test_errors_name_what_is_missing(adapter: WanAdapter, wan_dir: Path, tmp_pat
 
 def test_a_broken_defaults_file_is_named(tmp_path: Path) -> None:
     root = build_tiny_wan(tmp_path / "wan")
-    (root / "pisces.json").write_text('{"n_frames": "nine"}')
-    with pytest.raises(ValueError, match=r"pisces\.json"):
-        load_pipeline(root)
+    for broken in ('{"n_frames": "nine"}', '{"fps": 29.97}', "[]"):
+        (root / "pisces.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"pisces\.json"):
+            load_pipeline(root)

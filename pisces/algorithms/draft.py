@@ -81,10 +81,11 @@ class Draft:
         self.anchor_weight = anchor_weight
         self.checkpointing = checkpointing
         self.shape = adapter.latent_shape(n_frames=n_frames, height=height, width=width)
-        reach = float(adapter.sigmas(steps, self.shape)[steps - last_k])
+        fewest = 1 if renoised or truncation == "random" else last_k
+        reach = float(adapter.sigmas(steps, self.shape)[steps - fewest])
         if reach < 0.02:
             warnings.warn(
-                f"Draft: the last {last_k} of {steps} steps only go from sigma {reach:.3f} to 0, so almost no gradient "
+                f"Draft: the last {fewest} of {steps} steps only go from sigma {reach:.3f} to 0, so almost no gradient "
                 "reaches the model. Raise last_k, or set shift_terminal in the pipeline's scheduler.",
                 stacklevel=2,
             )

@@ -30,7 +30,7 @@ class FlowMatching:
         if not 0.0 <= caption_dropout <= 1.0:
             raise ValueError(f"FlowMatching: got caption_dropout {caption_dropout}, expected 0 to 1.")
         self.adapter = adapter
-        self.shift = adapter.shift if shift is None else shift
+        self.shift = shift
         self.caption_dropout = caption_dropout
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Logs]:
@@ -46,7 +46,8 @@ class FlowMatching:
         x0 = real_latents(self.adapter, batch, who="FlowMatching")
         noise = draw(tuple(x0.shape), generator, x0.device)
         u = torch.sigmoid(draw((len(x0),), generator, x0.device))
-        sigma = self.shift * u / (1.0 + (self.shift - 1.0) * u)
+        shift = self.adapter.shift(tuple(x0.shape[1:])) if self.shift is None else self.shift
+        sigma = shift * u / (1.0 + (shift - 1.0) * u)
         dropped = torch.rand(len(x0), generator=generator, device=generator.device) < self.caption_dropout
         prompts = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), batch.prompts, strict=True)]
         x_sigma = expand(sigma) * noise + (1.0 - expand(sigma)) * x0

@@ -26,7 +26,8 @@ def sde_mean(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, eta
 
         x_next ~ N(x - d v - eta^2 d / 2 * noise / sigma, eta^2 d)
 
-    is an Euler step of an SDE with the flow's own marginals: its score is -noise / sigma.
+    is an Euler step of an SDE with the flow's own marginals, whose score is -noise / sigma: as long as the step's own
+    noise is small beside sigma_next.
 
     Args:
         x: [B, C, t, h, w].
@@ -72,7 +73,7 @@ class Rollout:
 
     Attributes:
         states: [K + 1, B * G, C, t, h, w], from noise to latents.
-        log_densities: [K, B * G] of each step; 0 for the last, which is deterministic.
+        log_densities: [K, B * G] of each step; 0 for deterministic ones.
         advantages: [R, B * G], a row a reward.
         rewards: [R], their means.
     """
@@ -94,8 +95,9 @@ class Grpo:
              + kl_weight * mean |mean - mean_base|^2 / (2 std^2)
              + anchor_weight * L_consistency - gradient_weight * sum_k w_k mean R_k(decode(x_n - sigma_n v))
 
-    over a random subset of the steps n, the same for all samples. The last step, which ends at noise level 0, is
-    deterministic and not trained. ``updates`` optimizer steps are made of each rollout.
+    over a random subset of the noisy steps n, the same for all samples. Steps that would add more noise than their next
+    level has, eta sqrt(sigma - sigma_next) > sigma_next, are deterministic and not trained: the last one, and the one
+    before it on grids that end close to 0. ``updates`` optimizer steps are made of each rollout.
 
     Args:
         adapter: the pipeline.
@@ -104,13 +106,14 @@ class Grpo:
         steps: sampler steps, at least 2.
         group_size: G, videos a prompt, at least 2 (PISCES: 16).
         eta: strength of the sampler's noise (PISCES: .25).
-        trained_steps: steps that an update looks at; None is all but the last.
+        trained_steps: noisy steps that an update looks at; None is all.
         updates: optimizer steps a rollout.
         clip: of the ratio (PISCES: 1e-4).
         advantage_clip: of the advantages (PISCES: 5).
         kl_weight: of the divergence from the base's steps.
         anchor_weight: of the consistency loss (PISCES: 1); needs real videos.
         gradient_weight: of the reward's own gradient through one prediction, at one random state a prompt.
+        micro_batch: samples that go through the denoiser, the decoder and the rewards at a time.
         checkpointing: recompute each prediction in the backward pass: memory of one instead of all trained steps.
         size: n_frames, height and width of the videos; what is missing is the pipeline directory's default.
 
@@ -131,23 +134,28 @@ class Grpo:
     kl_weight: float = 0.0
     anchor_weight: float = 1.0
     gradient_weight: float = 0.0
+    micro_batch: int = 4
     checkpointing: bool = True
     size: Mapping[str, int | None] = field(default_factory=dict)
     rollouts: dict[int, Rollout] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 2), ("group_size", 2), ("updates", 1)):
+        for name, least in (("steps", 2), ("group_size", 2), ("updates", 1), ("micro_batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"Grpo: got {name} {getattr(self, name)}, expected at least {least}.")
         if not self.eta > 0:
             raise ValueError(f"Grpo: got eta {self.eta}, expected a positive number: without noise nothing is tried.")
-        most = self.steps - 1
-        self.trained_steps = most if self.trained_steps is None else self.trained_steps
-        if not 1 <= self.trained_steps <= most:
-            raise ValueError(f"Grpo: got trained_steps {self.trained_steps}, expected 1 to {most} (all but the last).")
         if (self.kl_weight or self.anchor_weight) and self.base is None:
             raise ValueError("Grpo: kl_weight or anchor_weight is set but base is None. Pass FrozenBase(adapter).")
         self.shape = self.adapter.latent_shape(**self.size)
+        levels = self.adapter.sigmas(self.steps, self.shape)
+        self.noisy = (self._std(levels[:-1], levels[1:]) <= levels[1:]).nonzero().flatten().tolist()
+        self.trained_steps = len(self.noisy) if self.trained_steps is None else self.trained_steps
+        if not 1 <= self.trained_steps <= len(self.noisy):
+            raise ValueError(
+                f"Grpo: got trained_steps {self.trained_steps}, expected 1 to {len(self.noisy)}: of {self.steps} steps "
+                f"so many end where there is more noise than eta {self.eta} adds."
+            )
         self._consistency = Consistency(self.adapter, self.base) if self.anchor_weight and self.base else None
 
     # ------------------------------------------------------------------ the loss
@@ -198,8 +206,8 @@ class Grpo:
         sigmas = adapter.sigmas(self.steps, self.shape)
         states, densities = [x], []
         for n, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-            velocity = torch.cat([adapter.velocity(z, sigma, e) for z, e in self._groups(x, embeds)])
-            if n == self.steps - 1:
+            velocity = torch.cat([adapter.velocity(z, sigma, e) for z, e in self._parts(x, embeds)])
+            if n not in self.noisy:
                 x = x + (sigma_next - sigma) * velocity
                 densities.append(x.new_zeros(count))
             else:
@@ -208,8 +216,10 @@ class Grpo:
                 densities.append(log_density(x, mean, std))
             states.append(x)
         parts: list[Mapping[str, Tensor]] = []
-        for group, prompt in zip(x.split(self.group_size), prompts, strict=True):
-            parts.append(self.rewards.terms(adapter.decode(group), [prompt] * self.group_size))
+        texts = [prompt for prompt in prompts for _ in range(self.group_size)]
+        for start in range(0, count, self.micro_batch):
+            few = slice(start, start + self.micro_batch)
+            parts.append(self.rewards.terms(adapter.decode(x[few]), texts[few]))
         values = torch.stack([torch.cat([part[name] for part in parts]) for name in self.rewards.weights])
         advantages = torch.stack([group_advantages(v, self.group_size, self.advantage_clip) for v in values])
         return Rollout(torch.stack(states), torch.stack(densities), advantages, values.mean(1))
@@ -217,14 +227,14 @@ class Grpo:
     def _surrogate(self, rollout: Rollout, embeds: PromptEmbeds, generator: torch.Generator) -> tuple[Tensor, Logs]:
         """The clipped surrogate and the divergence from the base, over some of the steps."""
         sigmas = self.adapter.sigmas(self.steps, self.shape)
-        order = torch.randperm(self.steps - 1, generator=generator, device=generator.device)
-        chosen = sorted(order[: self.trained_steps].tolist())
+        order = torch.randperm(len(self.noisy), generator=generator, device=generator.device)
+        chosen = sorted(self.noisy[place] for place in order[: self.trained_steps])
         weights = torch.tensor([*self.rewards.weights.values()], device=self.adapter.device)
         total = torch.zeros((), device=self.adapter.device)
         sums = {"ratio": total.clone(), "clipped": total.clone(), "kl": total.clone()}
         for n in chosen:
             x, sigma, sigma_next = rollout.states[n], sigmas[n], sigmas[n + 1]
-            velocity = torch.cat([self._velocity(z, sigma, e) for z, e in self._groups(x, embeds)])
+            velocity = torch.cat([self._velocity(z, sigma, e) for z, e in self._parts(x, embeds)])
             mean, std = sde_mean(x, velocity, sigma, sigma_next, self.eta), self._std(sigma, sigma_next)
             ratio = (log_density(rollout.states[n + 1], mean, std) - rollout.log_densities[n]).exp()
             bounded = ratio.clamp(1 - self.clip, 1 + self.clip)
@@ -233,7 +243,7 @@ class Grpo:
             sums["ratio"] += (ratio.detach() - 1).abs().mean() / len(chosen)
             sums["clipped"] += (ratio != bounded).float().mean() / len(chosen)
             if self.kl_weight and self.base is not None:
-                v = torch.cat([self.base.velocity(z, sigma, e) for z, e in self._groups(x, embeds)])
+                v = torch.cat([self.base.velocity(z, sigma, e) for z, e in self._parts(x, embeds)])
                 divergence = 0.5 * ((mean - sde_mean(x, v, sigma, sigma_next, self.eta)) / std).square().mean()
                 total = total + self.kl_weight * divergence / len(chosen)
                 sums["kl"] += divergence.detach() / len(chosen)
@@ -260,10 +270,10 @@ class Grpo:
     def _std(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         return self.eta * (sigma - sigma_next).sqrt()
 
-    def _groups(self, x: Tensor, embeds: PromptEmbeds) -> list[tuple[Tensor, PromptEmbeds]]:
-        """Samples and embeddings group by group: no forward pass is larger than a group."""
-        parts = {name: value.split(self.group_size) for name, value in embeds.items()}
-        return [(z, {name: part[k] for name, part in parts.items()}) for k, z in enumerate(x.split(self.group_size))]
+    def _parts(self, x: Tensor, embeds: PromptEmbeds) -> list[tuple[Tensor, PromptEmbeds]]:
+        """Samples and embeddings, a few at a time."""
+        parts = {name: value.split(self.micro_batch) for name, value in embeds.items()}
+        return [(z, {name: part[k] for name, part in parts.items()}) for k, z in enumerate(x.split(self.micro_batch))]
 
     # ------------------------------------------------------------------ state
 

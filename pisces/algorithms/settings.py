@@ -30,6 +30,8 @@ class OneStepConfig:
 
     def __post_init__(self) -> None:
         need(self.steps >= 1, "algorithm.steps", self.steps, "at least 1")
+        need(1 <= self.phases <= self.steps, "algorithm.phases", self.phases, f"1 to {self.steps} (the steps)")
+        need(self.huber_c > 0, "algorithm.huber_c", self.huber_c, "a positive number")
         need(self.anchor_weight >= 0, "algorithm.anchor_weight", self.anchor_weight, "at least 0")
 
 
@@ -49,6 +51,8 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         need(self.steps >= 1, "algorithm.steps", self.steps, "at least 1")
+        k = self.last_k
+        need(k is None or 1 <= k <= self.steps, "algorithm.last_k", k, f"1 to {self.steps} (the steps) or null")
         need(self.truncation in ("last", "random"), "algorithm.truncation", self.truncation, "last or random")
         need(self.renoised >= 0, "algorithm.renoised", self.renoised, "at least 0")
         need(self.anchor_weight >= 0, "algorithm.anchor_weight", self.anchor_weight, "at least 0")
@@ -67,6 +71,8 @@ class ConsistencyConfig:
 
     def __post_init__(self) -> None:
         need(self.steps >= 1, "algorithm.steps", self.steps, "at least 1")
+        need(1 <= self.phases <= self.steps, "algorithm.phases", self.phases, f"1 to {self.steps} (the steps)")
+        need(self.huber_c > 0, "algorithm.huber_c", self.huber_c, "a positive number")
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,10 @@ class FlowMatchingConfig:
     needs_rewards: ClassVar[bool] = False
     shift: float | None = None  # the scheduler's
     caption_dropout: float = 0.1  # classifier-free guidance (arXiv 2207.12598): .1 to .2
+
+    def __post_init__(self) -> None:
+        need(self.shift is None or self.shift > 0, "algorithm.shift", self.shift, "a positive number or null")
+        need(0 <= self.caption_dropout <= 1, "algorithm.caption_dropout", self.caption_dropout, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,7 @@ class GrpoConfig:
     kl_weight: float = 0.0  # PISCES anchors by consistency instead
     anchor_weight: float = 1.0  # PISCES: weight of the consistency loss
     gradient_weight: float = 0.0  # the reward's own gradient beside the policy's
+    micro_batch: int = 4  # samples at a time; results do not depend on it
     checkpointing: bool = True  # steps x group_size predictions do not fit otherwise
 
     @property
@@ -104,7 +115,7 @@ class GrpoConfig:
         return self.anchor_weight > 0
 
     def __post_init__(self) -> None:
-        for key, least in (("steps", 2), ("group_size", 2), ("updates", 1)):
+        for key, least in (("steps", 2), ("group_size", 2), ("updates", 1), ("micro_batch", 1)):
             need(getattr(self, key) >= least, f"algorithm.{key}", getattr(self, key), f"at least {least}")
         for key in ("eta", "clip", "advantage_clip"):
             need(getattr(self, key) > 0, f"algorithm.{key}", getattr(self, key), "a positive number")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
 from pisces.pipelines.cogvideox import CogVideoXAdapter
@@ -31,15 +28,12 @@ ADAPTERS: dict[str, type[PipelineAdapter]] = {
 }
 
 
-def load_pipeline(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, decoding: Mapping[str, Any] | None = None
-) -> PipelineAdapter:
+def load_pipeline(path: str | Path, **options: Any) -> PipelineAdapter:
     """Load a local diffusers directory with the adapter that fits its ``model_index.json``.
 
     Args:
         path: the directory.
-        dtype: every weight's type after loading, whatever it is on disk.
-        decoding: options of :func:`pisces.decode.decode`; None takes its own.
+        **options: dtype, vae_dtype, device and decoding, as :meth:`PipelineAdapter.from_pretrained` takes them.
 
     Returns:
         The adapter.
@@ -56,7 +50,7 @@ def load_pipeline(
     if name not in ADAPTERS:
         known = ", ".join(sorted(ADAPTERS))
         raise ValueError(f"load_pipeline: {root} is a {name}, expected one of: {known}.")
-    return ADAPTERS[name].from_pretrained(root, dtype=dtype, decoding=decoding)
+    return ADAPTERS[name].from_pretrained(root, **options)
 
 
 __all__ = [

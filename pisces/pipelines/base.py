@@ -82,14 +82,23 @@ class PipelineAdapter(ABC):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: torch.dtype = torch.float32, decoding: Mapping[str, Any] | None = None
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        decoding: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Load a local diffusers directory; every weight becomes ``dtype``, however it is stored.
+        """Load a local diffusers directory.
 
         Args:
             path: a directory with a ``model_index.json`` and, if wanted, a ``pisces.json`` of defaults
                 (keys n_frames, height, width, steps, fps).
-            dtype: float32, or bfloat16 for large models.
+            dtype: of the weights, however they are stored: float32, or bfloat16 for large models, where diffusers keeps
+                some parts in float32.
+            vae_dtype: of the autoencoder; None is ``dtype``.
+            device: where everything goes; None is the first GPU if there is one, else the CPU.
             decoding: options of :func:`pisces.decode.decode`; None takes its own.
 
         Returns:
@@ -107,6 +116,9 @@ class PipelineAdapter(ABC):
             # In lower precisions the loaders keep some parts in float32 on purpose: leave those.
             if isinstance(part, nn.Module) and dtype == torch.float32:
                 part.float()
+        if vae_dtype is not None:
+            pipe.vae.to(vae_dtype)
+        pipe.to(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
         return cls(pipe, defaults=read_defaults(root), decoding=decoding)
 
     # ------------------------------------------------------------------ what a family says
@@ -161,9 +173,8 @@ class PipelineAdapter(ABC):
         """C."""
         return int(self.vae.config.latent_channels)
 
-    @property
-    def shift(self) -> float:
-        """The scheduler's time shift (``shift``, or ``flow_shift`` in the UniPC scheduler)."""
+    def shift(self, shape: tuple[int, ...]) -> float:
+        """The scheduler's time shift (``shift``, or ``flow_shift`` in the UniPC scheduler) for latents [C, t, h, w]."""
         config = self.pipe.scheduler.config
         return float(config.get("shift", config.get("flow_shift", 1.0)) or 1.0)
 
@@ -432,17 +443,19 @@ class PipelineAdapter(ABC):
         """
         from peft.utils import get_peft_model_state_dict
 
-        if not getattr(self.transformer, "peft_config", None):
+        configs = getattr(self.transformer, "peft_config", None)
+        if not configs:
             raise ValueError("save_lora: the transformer has no LoRA adapter. Add one first, or save_pretrained.")
+        name = next(iter(configs))  # "default" of prepare, "default_0" of load_lora
         with whole_dir(path) as partial:
             if not hasattr(self.pipe, "save_lora_weights"):
-                self.pipe.transformer.save_lora_adapter(str(partial))
+                self.pipe.transformer.save_lora_adapter(str(partial), adapter_name=name)
                 return Path(path)
             self.pipe.save_lora_weights(
                 str(partial),
-                transformer_lora_layers=get_peft_model_state_dict(self.transformer),
+                transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=name),
                 # Without it the loader takes alpha = rank.
-                transformer_lora_adapter_metadata=self.pipe.transformer.peft_config["default"].to_dict(),
+                transformer_lora_adapter_metadata=configs[name].to_dict(),
             )
         return Path(path)
 

@@ -37,6 +37,9 @@ class CogVideoXAdapter(PipelineAdapter):
         kind = self.pipe.scheduler.config.prediction_type
         if kind != "v_prediction":
             raise ValueError(f"CogVideoXAdapter: the scheduler has prediction_type {kind!r}, expected 'v_prediction'.")
+        spacing = self.pipe.scheduler.config.timestep_spacing
+        if spacing != "trailing":  # the others do not begin at pure noise
+            raise ValueError(f"CogVideoXAdapter: the scheduler has timestep_spacing {spacing!r}, expected 'trailing'.")
 
     def embed_prompts(self, prompts: list[str]) -> PromptEmbeds:
         """Embeddings [B, L, D]; L is what the denoiser was made for."""

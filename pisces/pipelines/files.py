@@ -82,7 +82,10 @@ def read_defaults(root: Path) -> dict[str, int]:
         return {}
     try:
         values = json.loads(file.read_text())
-        return {key: int(value) for key, value in values.items() if key in DEFAULT_KEYS}
+        wrong = {key: value for key, value in values.items() if key in DEFAULT_KEYS and type(value) is not int}
+        if wrong:
+            raise ValueError(str(wrong))
+        return {key: value for key, value in values.items() if key in DEFAULT_KEYS}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: got {error}, expected a JSON object of integers {DEFAULT_KEYS}.") from error
 
@@ -97,6 +100,8 @@ def whole_dir(path: str | Path) -> Iterator[Path]:
     """A directory to fill that gets the name ``path`` at the end, in place of an older one; removed on an error."""
     target = Path(path)
     partial, former = (target.with_name(target.name + suffix) for suffix in (".partial", ".former"))
+    if former.exists() and not target.exists():  # a kill came between the two renames below
+        os.replace(former, target)
     for rest in (partial, former):
         shutil.rmtree(rest, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -60,14 +60,14 @@ class LTXAdapter(PipelineAdapter):
     def grid(self, steps: int, shape: tuple[int, ...]) -> Tensor:
         """``1, 1 - 1 / steps, ...``, shifted by the scheduler, the more the longer or larger the video."""
         scheduler = copy.deepcopy(self.pipe.scheduler)
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=self._log_shift(shape))
+        mu = self._log_shift(shape) if scheduler.config.use_dynamic_shifting else None
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
         return torch.as_tensor(scheduler.sigmas)
 
-    @property
-    def shift(self) -> float:
-        """The scheduler's time shift for the default video."""
+    def shift(self, shape: tuple[int, ...]) -> float:
+        """The scheduler's time shift for latents of a shape."""
         config = self.pipe.scheduler.config
-        return math.exp(self._log_shift(())) if config.use_dynamic_shifting else float(config.shift)
+        return math.exp(self._log_shift(shape)) if config.use_dynamic_shifting else float(config.shift)
 
     def _log_shift(self, shape: tuple[int, ...]) -> float:
         """Linear in the number of latents, as the pipeline has it; of the default video if no shape is given."""
