@@ -260,9 +260,9 @@ PREFACE = """# Measured: gradients through the decoding of videos
 `python -m benchmarks.decode`: narrow decoders of the real classes with random weights, one video of
 {pixels} x {pixels} pixels, float32, a CPU. A cell is the peak of tensors alive in MB, weights not counted, and in
 brackets the time over that of plain autograd. In decoders this small much of the time is that of many small calls, and
-the machine is shared: a ratio is good to a third or so. Pieces as short as a latent frame of Mochi or LTX also fall back
-to PyTorch's slow CPU convolution (`slow_conv3d_forward`, half of their time by torch.profiler) where whole videos take
-oneDNN's. What one latent frame takes is the floor of every chunked method: compare rows by how they grow.
+the machine is shared: a ratio is good to a third or so. Pieces as short as a latent frame of Mochi or LTX also fall
+back to PyTorch's slow CPU convolution (`slow_conv3d_forward`, half of their time by torch.profiler) where whole videos
+take oneDNN's. What one latent frame takes is the floor of every chunked method: compare rows by how they grow.
 """
 
 

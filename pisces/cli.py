@@ -236,6 +236,7 @@ def sample(
     width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the pipeline's.")] = None,
     fps: Annotated[float | None, typer.Option(help="Pictures a second. Default: the pipeline's, or 8.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Videos at a time.")] = 8,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
 ) -> None:
     """Make videos with a generator.
 
@@ -269,6 +270,7 @@ def sample(
         width=width,
         fps=fps,
         batch_size=batch_size,
+        device=device,
     )
     typer.echo(f"wrote {len(files)} videos to {output}, see {output / 'contact-sheet.png'}")
 

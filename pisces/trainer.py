@@ -28,7 +28,7 @@ from pisces.batches import Batches
 from pisces.config import OptimizerConfig, TrainConfig, pipeline_path
 from pisces.pipelines import load_pipeline
 from pisces.pipelines.base import PipelineAdapter
-from pisces.pipelines.trainable import prepare
+from pisces.pipelines.trainable import best_device, prepare
 from pisces.state import (
     CheckpointError,
     latest_checkpoint,
@@ -407,7 +407,7 @@ def build_training(config: TrainConfig) -> Trainer:
         pipeline_path(settings.path),
         dtype=getattr(torch, settings.dtype),
         vae_dtype=getattr(torch, settings.vae_dtype),
-        device=settings.device,
+        device=settings.device or best_device(),
         decoding=asdict(settings.decode),
     )
     batches = build_batches(config, adapter)

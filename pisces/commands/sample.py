@@ -14,6 +14,7 @@ from tqdm import tqdm
 from pisces.config import pipeline_path
 from pisces.data import atomic_path, write_metadata, write_video
 from pisces.pipelines import load_pipeline
+from pisces.pipelines.trainable import best_device
 from pisces.report import contact_sheet
 
 MAX_SHEET = 24  # clips on the contact sheet
@@ -34,6 +35,7 @@ def sample(
     width: int | None,
     fps: float | None,
     batch_size: int,
+    device: str | None = None,
 ) -> list[Path]:
     """Sample one video a prompt and write mp4 files, a contact sheet, captions and settings.
 
@@ -53,6 +55,7 @@ def sample(
         width: in pixels.
         fps: pictures a second.
         batch_size: videos at a time.
+        device: such as "cuda:1"; None is the first GPU if there is one, else the CPU.
 
     Returns:
         The mp4 files.
@@ -63,7 +66,7 @@ def sample(
     """
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"sample: --fps is {fps}, expected a positive number.")
-    adapter = load_pipeline(pipeline_path(pipeline))
+    adapter = load_pipeline(pipeline_path(pipeline), device=device or best_device())
     if lora is not None:
         adapter.load_lora(_lora_file(lora))
     defaults = getattr(adapter, "defaults", {})

@@ -98,7 +98,7 @@ class PipelineAdapter(ABC):
             dtype: of the weights, however they are stored: float32, or bfloat16 for large models, where diffusers keeps
                 some parts in float32.
             vae_dtype: of the autoencoder; None is ``dtype``.
-            device: where everything goes; None is the first GPU if there is one, else the CPU.
+            device: where everything goes; None leaves it on the CPU.
             decoding: options of :func:`pisces.decode.decode`; None takes its own.
 
         Returns:
@@ -118,7 +118,8 @@ class PipelineAdapter(ABC):
                 part.float()
         if vae_dtype is not None:
             pipe.vae.to(vae_dtype)
-        pipe.to(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        if device is not None:
+            pipe.to(device)
         return cls(pipe, defaults=read_defaults(root), decoding=decoding)
 
     # ------------------------------------------------------------------ what a family says

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from pisces.config import LoraConfig
 
 
+def best_device() -> str:
+    """Where the commands put a pipeline if nothing else is said: the first GPU if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def prepare(
     adapter: PipelineAdapter, lora: LoraConfig | None, *, seed: int = 0, gradient_checkpointing: bool = False
 ) -> None:

@@ -115,7 +115,7 @@ def arm_config(arm: Arm, seed: int, paths: DemoPaths, *, steps: int, base: str =
     """
     rewarded = arm.alignment is not None
     return TrainConfig(
-        pipeline=PipelineConfig(path=base, decode=DecodeConfig(memory="plain")),  # nine frames fit
+        pipeline=PipelineConfig(path=base, device="cpu", decode=DecodeConfig(memory="plain")),  # nine frames fit
         data=DataConfig(videos=str(paths.web_videos if arm.data == "web" else paths.videos), batch_size=BATCH),
         rewards=RewardsConfig(
             ot_map=str(paths.alignment(arm.alignment)) if arm.alignment is not None else None,
