@@ -225,7 +225,8 @@ def benchmark(arguments: argparse.Namespace) -> Record:
         decoder = DECODERS[name]
         vae = build(decoder)
         table = results.setdefault(name, {method: {} for method in METHODS if has(method, decoder, vae)})
-        wanted = [m for m in table if str(frames) not in table[m] and fits(table[m], frames, arguments)]
+        chosen = [m for m in table if m in (arguments.methods or METHODS)]
+        wanted = [m for m in chosen if str(frames) not in table[m] and fits(table[m], frames, arguments)]
         if not wanted:
             continue
         print(f"{name}, {frames} frames: {'; '.join(wanted)}", flush=True)
@@ -314,6 +315,7 @@ def main() -> None:
     """Measure, write the page and the plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=DECODERS, help="some of the classes")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="some of the methods")
     parser.add_argument("--frames", nargs="+", type=int, default=list(FRAMES), help="lengths; rounded to latents")
     parser.add_argument("--gigabytes", type=float, default=3.0, help="most memory that is tried")
     parser.add_argument("--seconds", type=float, default=60.0, help="longest run that is tried")
