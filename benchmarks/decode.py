@@ -264,6 +264,7 @@ brackets the time over that of plain autograd. In decoders this small much of th
 the machine is shared: a ratio is good to a third or so. Pieces as short as a latent frame of Mochi or LTX also fall
 back to PyTorch's slow CPU convolution (`slow_conv3d_forward`, half of their time by torch.profiler) where whole videos
 take oneDNN's. What one latent frame takes is the floor of every chunked method: compare rows by how they grow.
+Of 257 frames and more only the memory counts: those runs shared their core with other work.
 """
 
 

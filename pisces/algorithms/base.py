@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
 
@@ -99,6 +100,14 @@ class FrozenBase:
             return self.adapter.velocity(latents, sigma, prompt_embeds)
         finally:
             transformer.enable_adapters()
+
+
+def recomputed_velocity(
+    adapter: PipelineAdapter, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds
+) -> Tensor:
+    """``adapter.velocity``, computed again in the backward pass instead of keeping its activations."""
+    velocity: Tensor = checkpoint(adapter.velocity, latents, sigma, prompt_embeds, use_reentrant=False)
+    return velocity
 
 
 def reward_loss(rewards: RewardModule, frames: Tensor, prompts: list[str]) -> tuple[Tensor, Logs]:

@@ -7,9 +7,8 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from pisces.algorithms.base import Batch, FrozenBase, Logs, RewardModule, draw, reward_loss
+from pisces.algorithms.base import Batch, FrozenBase, Logs, RewardModule, draw, recomputed_velocity, reward_loss
 from pisces.algorithms.consistency import base_anchor
 from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
 
@@ -147,6 +146,5 @@ class Draft:
 
     def _velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            velocity: Tensor = checkpoint(self.adapter.velocity, latents, sigma, prompt_embeds, use_reentrant=False)
-            return velocity
+            return recomputed_velocity(self.adapter, latents, sigma, prompt_embeds)
         return self.adapter.velocity(latents, sigma, prompt_embeds)

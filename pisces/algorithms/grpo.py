@@ -9,9 +9,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from pisces.algorithms.base import Batch, FrozenBase, Logs, RewardModule, draw, expand, real_latents, reward_loss
+from pisces.algorithms.base import (
+    Batch,
+    FrozenBase,
+    Logs,
+    RewardModule,
+    draw,
+    expand,
+    real_latents,
+    recomputed_velocity,
+    reward_loss,
+)
 from pisces.algorithms.consistency import Consistency
 from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
 
@@ -262,10 +271,9 @@ class Grpo:
         return reward_loss(self.rewards, self.adapter.decode(x - expand(sigma) * velocity), prompts)[0]
 
     def _velocity(self, x: Tensor, sigma: Tensor, embeds: PromptEmbeds) -> Tensor:
-        if not self.checkpointing:
-            return self.adapter.velocity(x, sigma, embeds)
-        velocity: Tensor = checkpoint(self.adapter.velocity, x, sigma, embeds, use_reentrant=False)
-        return velocity
+        if self.checkpointing:
+            return recomputed_velocity(self.adapter, x, sigma, embeds)
+        return self.adapter.velocity(x, sigma, embeds)
 
     def _std(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         return self.eta * (sigma - sigma_next).sqrt()

@@ -99,7 +99,7 @@ class GrpoConfig:
     steps: int = 10  # Flow-GRPO (arXiv 2505.05470): 10 in training are enough where 40 sample
     group_size: int = 16  # PISCES
     eta: float = 0.25  # PISCES
-    trained_steps: int | None = None  # all but the last
+    trained_steps: int | None = None  # all noisy ones: see Grpo
     updates: int = 1  # of each rollout; one is on-policy
     clip: float = 1e-4  # PISCES
     advantage_clip: float = 5.0  # PISCES

@@ -135,11 +135,17 @@ class PipelineAdapter(ABC):
     def embed_prompts(self, prompts: list[str]) -> PromptEmbeds:
         """Embeddings of B prompts through the pipeline's own ``encode_prompt``, with gradient, not remembered."""
 
-    @abstractmethod
+    def masked_embeds(self, prompts: list[str], max_tokens: int) -> PromptEmbeds:
+        """Embeddings [B, L, D] and their mask [B, L], of pipelines whose ``encode_prompt`` returns both."""
+        embeds, mask, _, _ = self.pipe.encode_prompt(
+            prompt=list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_tokens, device=self.device
+        )
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
     def velocity(
         self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, transformer: nn.Module | None = None
     ) -> Tensor:
-        """The predicted velocity ``noise - x0`` at noise level ``sigma``.
+        """The predicted velocity ``noise - x0`` at noise level ``sigma``: the model's output at timestep 1000 sigma.
 
         Args:
             latents: [B, C, t, h, w].
@@ -150,6 +156,38 @@ class PipelineAdapter(ABC):
         Returns:
             [B, C, t, h, w], float32.
         """
+        return self.predict(latents, self.timestep(sigma), prompt_embeds, transformer)
+
+    def predict(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        prompt_embeds: PromptEmbeds,
+        transformer: nn.Module | None = None,
+        **more: Any,
+    ) -> Tensor:
+        """The denoiser's own output, in float32, for states in its own layout.
+
+        Args:
+            hidden_states: [B, ...].
+            timestep: [B] or 0-dim.
+            prompt_embeds: of B prompts.
+            transformer: as for :meth:`velocity`.
+            **more: further arguments of the denoiser.
+        """
+        model: Any = self.transformer if transformer is None else transformer
+        output: Tensor = model(
+            hidden_states=hidden_states.to(model.dtype),
+            timestep=timestep.expand(len(hidden_states)),
+            return_dict=False,
+            **prompt_embeds,
+            **more,
+        )[0]
+        return output.float()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The timestep of a noise level: 1000 sigma, or as many as the scheduler has."""
+        return sigma * self.pipe.scheduler.config.num_train_timesteps
 
     @abstractmethod
     def normalize(self, latents: Tensor) -> Tensor:
@@ -160,9 +198,9 @@ class PipelineAdapter(ABC):
         """Normalised latents as the VAE has them: the inverse, and the pipeline's own expression."""
 
     @property
-    @abstractmethod
     def strides(self) -> tuple[int, int]:
         """(frames, pixels) a latent, of the VAE."""
+        return self.pipe.vae_scale_factor_temporal, self.pipe.vae_scale_factor_spatial
 
     @property
     def patch(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,6 @@ class CogVideoXAdapter(PipelineAdapter):
         self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, transformer: nn.Module | None = None
     ) -> Tensor:
         """The model's v at the timestep whose noise level is nearest, as a velocity."""
-        model: Any = self.transformer if transformer is None else transformer
         sigma = sigma.expand(latents.shape[0]).to(latents.device)
         levels = self._levels(self.pipe.scheduler.alphas_cumprod).to(sigma)
         timestep = (levels[None] - sigma[:, None]).abs().argmin(dim=1)
@@ -64,17 +63,11 @@ class CogVideoXAdapter(PipelineAdapter):
         state = latents.float() * (a + s)
         _, _, t, h, w = latents.shape
         rotary = None
-        if model.config.use_rotary_positional_embeddings:
+        if self.pipe.transformer.config.use_rotary_positional_embeddings:
             stride = self.pipe.vae_scale_factor_spatial
             rotary = self.pipe._prepare_rotary_positional_embeddings(h * stride, w * stride, t, latents.device)
-        v: Tensor = model(
-            hidden_states=state.transpose(1, 2).to(model.dtype),
-            timestep=timestep,
-            image_rotary_emb=rotary,
-            return_dict=False,
-            **prompt_embeds,
-        )[0]
-        return (s - a) * state + (a + s) * v.float().transpose(1, 2)
+        v = self.predict(state.transpose(1, 2), timestep, prompt_embeds, transformer, image_rotary_emb=rotary)
+        return (s - a) * state + (a + s) * v.transpose(1, 2)
 
     def grid(self, steps: int, shape: tuple[int, ...]) -> Tensor:
         """The levels of the scheduler's timesteps, and that of its end."""
@@ -113,8 +106,3 @@ class CogVideoXAdapter(PipelineAdapter):
                 f"latent frames at a time). Use {frames + stride}."
             )
         return shape
-
-    @property
-    def strides(self) -> tuple[int, int]:
-        """Those of the pipeline."""
-        return self.pipe.vae_scale_factor_temporal, self.pipe.vae_scale_factor_spatial

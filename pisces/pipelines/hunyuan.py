@@ -35,11 +35,6 @@ class _Hunyuan(PipelineAdapter, ABC):
         config: Any = self.vae.config
         return latents / config.scaling_factor
 
-    @property
-    def strides(self) -> tuple[int, int]:
-        """Those of the pipeline."""
-        return self.pipe.vae_scale_factor_temporal, self.pipe.vae_scale_factor_spatial
-
 
 class HunyuanVideoAdapter(_Hunyuan):
     """A ``diffusers.HunyuanVideoPipeline``.
@@ -62,17 +57,10 @@ class HunyuanVideoAdapter(_Hunyuan):
     def velocity(
         self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, transformer: nn.Module | None = None
     ) -> Tensor:
-        """The model's output at timestep ``1000 sigma``."""
-        model: Any = self.transformer if transformer is None else transformer
-        scale = self.pipe.scheduler.config.num_train_timesteps
-        output: Tensor = model(
-            hidden_states=latents.to(model.dtype),
-            timestep=(sigma * scale).expand(latents.shape[0]),
-            guidance=torch.full((latents.shape[0],), EMBEDDED_GUIDANCE, dtype=model.dtype, device=latents.device) * 1e3,
-            return_dict=False,
-            **prompt_embeds,
-        )[0]
-        return output.float()
+        """The model's output at timestep ``1000 sigma``, told the guidance."""
+        guidance = torch.full((len(latents),), EMBEDDED_GUIDANCE, dtype=self.pipe.transformer.dtype) * 1e3
+        guidance = guidance.to(latents.device)
+        return self.predict(latents, self.timestep(sigma), prompt_embeds, transformer, guidance=guidance)
 
 
 class HunyuanVideo15Adapter(_Hunyuan):
@@ -103,21 +91,17 @@ class HunyuanVideo15Adapter(_Hunyuan):
         self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, transformer: nn.Module | None = None
     ) -> Tensor:
         """The model's output at timestep ``1000 sigma``, without an image to start from."""
-        model: Any = self.transformer if transformer is None else transformer
-        scale = self.pipe.scheduler.config.num_train_timesteps
+        dtype = self.pipe.transformer.dtype
         batch_size, channels = latents.shape[:2]
         no_image = latents.new_zeros(batch_size, channels + 1, *latents.shape[2:])
-        image_embeds = latents.new_zeros(
-            batch_size, self.pipe.vision_num_semantic_tokens, self.pipe.vision_states_dim, dtype=model.dtype
+        tokens, width = self.pipe.vision_num_semantic_tokens, self.pipe.vision_states_dim
+        return self.predict(
+            torch.cat([latents, no_image], dim=1),
+            self.timestep(sigma).to(dtype),
+            prompt_embeds,
+            transformer,
+            image_embeds=latents.new_zeros(batch_size, tokens, width, dtype=dtype),
         )
-        output: Tensor = model(
-            hidden_states=torch.cat([latents, no_image], dim=1).to(model.dtype),
-            image_embeds=image_embeds,
-            timestep=(sigma * scale).expand(batch_size).to(model.dtype),
-            return_dict=False,
-            **prompt_embeds,
-        )[0]
-        return output.float()
 
     def vae_latents(self, video: Tensor) -> Tensor:
         """One video at a time: the VAE's attention does not take a batch (diffusers 0.42)."""

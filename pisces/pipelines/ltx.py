@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,34 +27,26 @@ class LTXAdapter(PipelineAdapter):
 
     def embed_prompts(self, prompts: list[str]) -> PromptEmbeds:
         """Embeddings [B, L, D] and their mask [B, L]."""
-        embeds, mask, _, _ = self.pipe.encode_prompt(
-            prompt=list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=MAX_TEXT_TOKENS,
-            device=self.device,
-        )
-        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+        return self.masked_embeds(prompts, MAX_TEXT_TOKENS)
 
     def velocity(
         self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, transformer: nn.Module | None = None
     ) -> Tensor:
         """The model's output at timestep ``1000 sigma``, from and to one token a patch."""
-        model: Any = self.transformer if transformer is None else transformer
-        scale = self.pipe.scheduler.config.num_train_timesteps
         _, _, t, h, w = latents.shape
         patches = self.pipe.transformer_spatial_patch_size, self.pipe.transformer_temporal_patch_size
         temporal, spatial = self.strides
-        tokens: Tensor = model(
-            hidden_states=self.pipe._pack_latents(latents, *patches).to(model.dtype),
-            timestep=(sigma * scale).expand(latents.shape[0]),
+        tokens = self.predict(
+            self.pipe._pack_latents(latents, *patches),
+            self.timestep(sigma),
+            prompt_embeds,
+            transformer,
             num_frames=t,
             height=h,
             width=w,
             rope_interpolation_scale=(temporal / self.defaults.get("fps", FRAMES_PER_SECOND), spatial, spatial),
-            return_dict=False,
-            **prompt_embeds,
-        )[0]
-        velocity: Tensor = self.pipe._unpack_latents(tokens.float(), t, h, w, *patches)
+        )
+        velocity: Tensor = self.pipe._unpack_latents(tokens, t, h, w, *patches)
         return velocity
 
     def grid(self, steps: int, shape: tuple[int, ...]) -> Tensor:

@@ -36,27 +36,13 @@ class MochiAdapter(PipelineAdapter):
 
     def embed_prompts(self, prompts: list[str]) -> PromptEmbeds:
         """Embeddings [B, L, D] and their mask [B, L]."""
-        embeds, mask, _, _ = self.pipe.encode_prompt(
-            prompt=list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=MAX_TEXT_TOKENS,
-            device=self.device,
-        )
-        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+        return self.masked_embeds(prompts, MAX_TEXT_TOKENS)
 
     def velocity(
         self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, transformer: nn.Module | None = None
     ) -> Tensor:
         """Minus the model's output at timestep ``1000 (1 - sigma)``."""
-        model: Any = self.transformer if transformer is None else transformer
-        scale = self.pipe.scheduler.config.num_train_timesteps
-        output: Tensor = model(
-            hidden_states=latents.to(model.dtype),
-            timestep=((1 - sigma) * scale).expand(latents.shape[0]),
-            return_dict=False,
-            **prompt_embeds,
-        )[0]
-        return -output.float()
+        return -self.predict(latents, self.timestep(1 - sigma), prompt_embeds, transformer)
 
     def grid(self, steps: int, shape: tuple[int, ...]) -> Tensor:
         """Linear while there is much noise, then quadratic, as the pipeline has it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
 
@@ -47,20 +47,6 @@ class WanAdapter(PipelineAdapter):
         )
         return {"encoder_hidden_states": embeds}
 
-    def velocity(
-        self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, transformer: nn.Module | None = None
-    ) -> Tensor:
-        """The model's output at timestep ``1000 sigma``."""
-        model: Any = self.transformer if transformer is None else transformer
-        scale = self.pipe.scheduler.config.num_train_timesteps
-        output: Tensor = model(
-            hidden_states=latents.to(model.dtype),
-            timestep=(sigma * scale).expand(latents.shape[0]),
-            return_dict=False,
-            **prompt_embeds,
-        )[0]
-        return output.float()
-
     def normalize(self, latents: Tensor) -> Tensor:
         """``(z - mean) / std`` of each channel."""
         mean, inverse_std = self._statistics(latents)
@@ -77,11 +63,6 @@ class WanAdapter(PipelineAdapter):
         mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1).to(like)
         inverse_std = 1.0 / torch.tensor(config.latents_std).view(1, -1, 1, 1, 1).to(like)
         return mean, inverse_std
-
-    @property
-    def strides(self) -> tuple[int, int]:
-        """Those of the pipeline."""
-        return self.pipe.vae_scale_factor_temporal, self.pipe.vae_scale_factor_spatial
 
     @property
     def patch(self) -> int:
