@@ -74,7 +74,11 @@ def test_streamed_equals_dense(kind, cost, special, shape, solve_points):
     streamed = solve_points(x, y, a, b, cost=cost, epsilon=epsilon, **options)
     dense = sinkhorn(explicit_cost(x, y, cost), a, b, epsilon=epsilon, backend="reference", **options)
     assert streamed.converged.all()
-    assert torch.equal(streamed.n_iters, dense.n_iters) or kind == "mass"
+    # At 1e-11 rounding decides now and then which of two iterations is the last; at 1e-6 it does not.
+    loose = {**options, "tol": 1e-6}
+    stopped = solve_points(x, y, a, b, cost=cost, epsilon=epsilon, **loose)
+    expected = sinkhorn(explicit_cost(x, y, cost), a, b, epsilon=epsilon, backend="reference", **loose)
+    assert torch.equal(stopped.n_iters, expected.n_iters) or kind == "mass"
     for name in ("f", "g", "value", "transport_cost"):
         assert relative(getattr(streamed, name), getattr(dense, name)) < 1e-9, name
     assert relative(streamed.plan(), dense.plan()) < 1e-9

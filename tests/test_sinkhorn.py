@@ -136,6 +136,8 @@ def test_masked_is_removed_whatever_is_there(backend, kind, dtype):
         a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
     if kind == "mass":
         kwargs["mass"] = 0.05
+    if dtype == torch.float32:  # rounding decides now and then which of two iterations is the last (1 problem in 2,700)
+        kwargs |= {"max_iters": 60, "tol": 0.0}
     result = sinkhorn(
         problems.poisoned(cost, keep), a, b, epsilon=0.05, row_mask=rows, col_mask=cols, backend=backend, **kwargs
     )
