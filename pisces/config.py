@@ -5,14 +5,11 @@ Every default stands beside its source: "PISCES" is arXiv 2602.01624 with its au
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
@@ -30,6 +27,7 @@ from pisces.decode.decoding import MEMORY
 from pisces.decode.replay import SWEEPS
 from pisces.pipelines.files import find_pipeline
 from pisces.rewards.semantic import Transport
+from pisces.sections import override, plain, section
 
 __all__ = [
     "ALGORITHMS",
@@ -262,11 +260,11 @@ class TrainConfig:
         Raises:
             ValueError: naming the key, what it got and what it expects; an unknown key with the nearest known one.
         """
-        return _section(cls, values, "")
+        return section(cls, values, "")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values that :meth:`from_dict` reads back."""
-        values = _plain(dataclasses.asdict(self))
+        values = plain(dataclasses.asdict(self))
         values["algorithm"] = {"name": self.algorithm.name, **values["algorithm"]}
         return values
 
@@ -323,8 +321,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got a {type(values).__name__}, expected sections such as 'pipeline:'.")
-    for override in overrides:
-        _override(values, override)
+    for setting in overrides:
+        override(values, setting)
     try:
         config = TrainConfig.from_dict(values)
         config.check_inputs()
@@ -357,83 +355,3 @@ def pipeline_path(name: str) -> Path:
         FileNotFoundError: if it is none of these.
     """
     return resolve_path(name) if name.startswith(PACKAGED) else find_pipeline(name)
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    """Set one ``a.b=value`` in nested mappings."""
-    key, sign, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not sign or not all(parts):
-        raise ValueError(f"override {override!r}: expected the form section.key=value.")
-    for part in parts[:-1]:
-        if not isinstance(values.get(part), dict):
-            values[part] = {}
-        values = values[part]
-    try:
-        values[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: the value is not valid YAML.") from error
-
-
-def _section(cls: Any, values: Any, where: str) -> Any:
-    """One dataclass from a mapping; ``where`` is the key of the section, empty at the top."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where or 'config'}: got {values!r}, expected a section with keys.")
-    hints = get_type_hints(cls)
-    known = [item.name for item in dataclasses.fields(cls)]
-    prefix = f"{where}." if where else ""
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise ValueError(f"{prefix}{key}: unknown key. Did you mean {prefix}{near[0]}? Known: {', '.join(known)}.")
-    return cls(**{key: _value(hints[key], value, prefix + key) for key, value in values.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """``value`` as the type that ``hint`` asks for."""
-    if hint == AlgorithmConfig:
-        return _algorithm(value, where)
-    if get_origin(hint) in (types.UnionType, Union):
-        if value is None:
-            return None
-        return _value(next(kind for kind in get_args(hint) if kind is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint):
-        return _section(hint, value, where)
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        many = kinds[-1] is Ellipsis
-        if not isinstance(value, list | tuple) or not (many or len(value) == len(kinds)):
-            raise ValueError(f"{where}: got {value!r}, expected a list of {'' if many else len(kinds)} values.")
-        return tuple(_value(kinds[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-4 (no dot) as text.
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise ValueError(f"{where}: got {value!r}, expected {names[hint]}.")
-    if hint is float and value - value != 0:
-        raise ValueError(f"{where}: got {value!r}, expected a finite number.")
-    return value
-
-
-def _algorithm(value: Any, where: str) -> Any:
-    """The algorithm's section: its key ``name`` says which keys it has."""
-    if not isinstance(value, Mapping) or "name" not in value:
-        raise ValueError(f"{where}: got {value!r}, expected a section with a name out of {', '.join(ALGORITHMS)}.")
-    name = value["name"]
-    if name not in ALGORITHMS:
-        near = difflib.get_close_matches(str(name), ALGORITHMS, n=1, cutoff=0.0)
-        raise ValueError(
-            f"{where}.name: unknown algorithm {name!r}. Did you mean {near[0]}? Known: {', '.join(ALGORITHMS)}."
-        )
-    rest = {key: item for key, item in value.items() if key != "name"}
-    return _section(ALGORITHMS[name], rest, where)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
