@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +19,80 @@ from pisces.algorithms import (
     RewardModule,
 )
 from pisces.batches import PromptBatches, VideoBatches
-from pisces.config import ConsistencyConfig, DraftConfig, FlowMatchingConfig, GrpoConfig, TrainConfig, resolve_path
+from pisces.config import (
+    ConsistencyConfig,
+    DraftConfig,
+    FlowMatchingConfig,
+    GrpoConfig,
+    RewardsConfig,
+    TrainConfig,
+    pipeline_path,
+    resolve_path,
+)
 from pisces.data import VideoFolder, read_prompts
 from pisces.encoders import load_encoder
 from pisces.ot_map import Alignment
+from pisces.pipelines import load_pipeline
 from pisces.pipelines.base import PipelineAdapter
+from pisces.pipelines.trainable import best_device, prepare
+from pisces.processes import join_processes
 from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, standardize
 from pisces.state import step_generator
+from pisces.trainer import Trainer
+from pisces.validation import Validation
 
 # Apart from the noise of the steps, whose generators are seeded by (seed, step, part).
 REFERENCE_TAG = 0x5CA1E
+
+
+def build_training(config: TrainConfig) -> Trainer:
+    """Build pipeline, data, rewards and algorithm from settings.
+
+    Args:
+        config: what :func:`pisces.config.load_config` returned.
+
+    Returns:
+        The trainer, at step 0; ``fit`` trains, resuming if it can.
+
+    Raises:
+        FileNotFoundError: if a file that the settings name is not there.
+        ValueError: if the settings do not fit together or the data cannot be used.
+    """
+    config.check_inputs()
+    mine = join_processes()
+    settings = config.pipeline
+    adapter = load_pipeline(
+        pipeline_path(settings.path),
+        dtype=getattr(torch, settings.dtype),
+        vae_dtype=getattr(torch, settings.vae_dtype),
+        device=settings.device or mine or best_device(),
+        decoding=asdict(settings.decode),
+    )
+    batches = build_batches(config, adapter)
+    # Before anything is trainable: the rewards' reference batch is drawn from the base model.
+    rewards = build_rewards(config.rewards, config, adapter, batches) if config.algorithm.needs_rewards else None
+    validation = build_validation(config, adapter, batches, rewards)
+    prepare(adapter, config.lora, seed=config.seed, gradient_checkpointing=settings.gradient_checkpointing)
+    algorithm = build_algorithm(config, adapter, rewards)
+    return Trainer(adapter, algorithm, config, batches=batches, validation=validation)
+
+
+def run_training(config: TrainConfig, *, resume: str | Path = "auto") -> Path:
+    """Build everything from settings, train, and export.
+
+    Args:
+        config: what :func:`pisces.config.load_config` returned.
+        resume: as for :meth:`Trainer.fit`.
+
+    Returns:
+        ``output.dir/final``.
+
+    Raises:
+        FileNotFoundError: if a file that the settings name is not there.
+        ValueError: if the settings do not fit together or the data cannot be used.
+        Interrupted: after a SIGTERM or SIGINT, once the checkpoint is written.
+    """
+    return build_training(config).fit(resume=resume)
 
 
 def build_batches(config: TrainConfig, adapter: PipelineAdapter) -> PromptBatches | VideoBatches:
@@ -46,16 +111,13 @@ def build_batches(config: TrainConfig, adapter: PipelineAdapter) -> PromptBatche
 
 
 def build_rewards(
-    config: TrainConfig, adapter: PipelineAdapter, batches: PromptBatches | VideoBatches
-) -> CompositeReward | None:
-    """The rewards of ``config.rewards``; None for an algorithm without.
+    settings: RewardsConfig, config: TrainConfig, adapter: PipelineAdapter, batches: PromptBatches | VideoBatches
+) -> CompositeReward:
+    """The rewards of a section such as ``config.rewards``.
 
     With ``standardize`` the scale is taken over samples of the model as it is now, for prompts of the data: the
     reward then counts in standard deviations of what the base makes.
     """
-    settings = config.rewards
-    if not config.algorithm.needs_rewards:
-        return None
     encoder = load_encoder(resolve_path(settings.encoder)).to(adapter.device)
     alignment = None if settings.ot_map is None else Alignment.load(resolve_path(settings.ot_map)).to(adapter.device)
     parts: dict[str, Reward] = {}
@@ -64,25 +126,60 @@ def build_rewards(
     if settings.semantic:
         parts["semantic"] = SemanticReward(encoder, transport=settings.transport)
     if settings.standardize:
-        frames, prompts = reference_batch(config, adapter, batches)
+        frames, prompts = reference_batch(settings.reference_batch, config, adapter, batches)
         parts = {name: standardize(part, frames, prompts) for name, part in parts.items()}
     return CompositeReward(parts, {name: getattr(settings, name) for name in parts})
 
 
-def reference_batch(
-    config: TrainConfig, adapter: PipelineAdapter, batches: PromptBatches | VideoBatches
-) -> tuple[torch.Tensor, list[str]]:
-    """Videos of the model as it is now, for the first prompts of the data order: ``(frames, prompts)``."""
-    wanted = config.rewards.reference_batch
+def build_validation(
+    config: TrainConfig,
+    adapter: PipelineAdapter,
+    batches: PromptBatches | VideoBatches,
+    rewards: CompositeReward | None,
+) -> Validation | None:
+    """The validation of ``config.validation``; None if it is off."""
+    settings = config.validation
+    if not settings.every:
+        return None
+    prompts = (
+        first_prompts(batches, settings.n) if settings.prompts is None else read_prompts(resolve_path(settings.prompts))
+    )
+    watched = None if settings.watched is None else build_rewards(settings.watched, config, adapter, batches)
+    return Validation(
+        adapter,
+        prompts[: settings.n],
+        rewards=rewards,
+        watched=watched,
+        every=settings.every,
+        steps=settings.steps or sampler_steps(config, adapter),
+        guidance=settings.guidance,
+        size=video_size(config),
+        seed=config.seed,
+    )
+
+
+def first_prompts(batches: PromptBatches | VideoBatches, n: int) -> list[str]:
+    """The first n prompts of the data's order; it begins anew where the data are fewer."""
     prompts: list[str] = []
     index = 0
-    while len(prompts) < wanted:
+    while len(prompts) < n:
         prompts += [batches.texts[item] for item in batches.indices[index]]
         index += 1
-    prompts = prompts[:wanted]
-    # The sampler that is trained; an algorithm without a sampler takes the one that the directory recommends.
+    return prompts[:n]
+
+
+def sampler_steps(config: TrainConfig, adapter: PipelineAdapter) -> int:
+    """Steps of the sampler that is trained; an algorithm without one takes the one that the directory recommends."""
     settings = config.algorithm
-    steps = settings.steps if isinstance(settings, DraftConfig | GrpoConfig) else adapter.defaults.get("steps", 50)
+    return settings.steps if isinstance(settings, DraftConfig | GrpoConfig) else adapter.defaults.get("steps", 50)
+
+
+def reference_batch(
+    wanted: int, config: TrainConfig, adapter: PipelineAdapter, batches: PromptBatches | VideoBatches
+) -> tuple[torch.Tensor, list[str]]:
+    """Videos of the model as it is now, for the first prompts of the data order: ``(frames, prompts)``."""
+    prompts = first_prompts(batches, wanted)
+    steps = sampler_steps(config, adapter)
     n_frames, height, width = adapter.video_size(**video_size(config))
     generator = step_generator(config.seed, REFERENCE_TAG, 0, 0)
     frames = []

@@ -125,8 +125,8 @@ def train(
 
       pisces train examples/draft.yaml --set steps=20 --set optimizer.lr=1e-4 --set output.dir=runs/short
     """
+    from pisces.build import run_training
     from pisces.config import load_config
-    from pisces.trainer import run_training
 
     result = run_training(load_config(config, settings or []), resume="auto" if resume else "never")
     typer.echo(f"wrote {result}")

@@ -27,6 +27,7 @@ from pisces.decode.decoding import MEMORY
 from pisces.decode.replay import SWEEPS
 from pisces.pipelines.files import find_pipeline
 from pisces.rewards.semantic import Transport
+from pisces.run_log import TRACKERS
 from pisces.sections import override, plain, section
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "DraftConfig",
     "FlowMatchingConfig",
     "GrpoConfig",
+    "GuardsConfig",
     "LoraConfig",
     "OneStepConfig",
     "OptimizerConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "PipelineConfig",
     "RewardsConfig",
     "TrainConfig",
+    "ValidationConfig",
     "load_config",
     "pipeline_path",
     "resolve_path",
@@ -159,6 +162,60 @@ class RewardsConfig:
 
 
 @dataclass(frozen=True)
+class GuardsConfig:
+    """Signs that a reward is being hacked: see :func:`pisces.guards.alarms`. All compare with the base; null is off.
+
+    Attributes:
+        sharpness: least share of the base's sharpness.
+        motion: least share of the base's motion.
+        saturation: most times the base's saturation.
+        watched: how far the watched rewards may be below their best, in the base's standard deviations.
+        patience: validations in a row with an alarm after which training stops; null warns only.
+    """
+
+    sharpness: float | None = 0.5  # ours, as all below: half of it gone is seen at once
+    motion: float | None = 0.5
+    saturation: float | None = 1.5
+    watched: float | None = 0.5
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("sharpness", "motion", "saturation", "watched"):
+            value = getattr(self, key)
+            need(value is None or value > 0, f"validation.guards.{key}", value, "a positive number or null")
+        need(self.patience is None or self.patience >= 1, "validation.guards.patience", self.patience, "1 or more")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Videos of the same prompts and the same noise, made, scored and kept while training goes on.
+
+    Attributes:
+        every: optimizer steps between validations, the first before training; 0 is off.
+        prompts: a .txt, .jsonl or .csv file; null takes the first prompts of the data.
+        n: number of videos.
+        steps: sampler steps; null takes the algorithm's if it has a sampler, else the pipeline directory's.
+        guidance: classifier-free guidance; 1 is off.
+        watched: rewards that are not trained on, only looked at; their weights say what they are summed by.
+        guards: what raises an alarm.
+    """
+
+    every: int = 64  # PISCES validates every 64 steps
+    prompts: str | None = None
+    n: int = 8
+    steps: int | None = None
+    guidance: float = 1.0
+    watched: RewardsConfig | None = None
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+
+    def __post_init__(self) -> None:
+        need(self.every >= 0, "validation.every", self.every, "at least 0 (off)")
+        need(self.n >= 1, "validation.n", self.n, "at least 1")
+        need(self.steps is None or self.steps >= 1, "validation.steps", self.steps, "at least 1 or null")
+        need(self.guidance >= 1, "validation.guidance", self.guidance, "at least 1 (off)")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW; the learning rate warms up linearly, then follows a schedule down to ``final_lr`` of itself."""
 
@@ -209,18 +266,21 @@ class OutputConfig:
     """Where results go.
 
     Attributes:
-        dir: receives config.yaml, log.jsonl, checkpoints/ and final/.
+        dir: receives config.yaml, log.jsonl, checkpoints/, validation/ and final/.
         save_every: optimizer steps between checkpoints.
         keep: newest checkpoints to leave.
+        trackers: "tensorboard" writes to ``dir/tensorboard``; "wandb" sends the log to where its own settings say.
     """
 
     dir: str = "runs/pisces"
     save_every: int = 64  # PISCES validates every 64 steps
     keep: int = 2  # one to go on from, one in case that a disk damages it
+    trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         need(self.save_every >= 1, "output.save_every", self.save_every, "at least 1")
         need(self.keep >= 1, "output.keep", self.keep, "at least 1")
+        need(set(self.trackers) <= set(TRACKERS), "output.trackers", list(self.trackers), f"some of {list(TRACKERS)}")
 
 
 @dataclass(frozen=True)
@@ -231,6 +291,7 @@ class TrainConfig:
         pipeline: the generator.
         data: prompts or captioned videos.
         rewards: what is rewarded.
+        validation: what is looked at meanwhile.
         algorithm: one of the five, named by the key ``name``.
         optimizer: AdamW.
         lora: low-rank adapters; None (``null``) trains every weight of the transformer.
@@ -242,6 +303,7 @@ class TrainConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     algorithm: AlgorithmConfig = field(default_factory=OneStepConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig | None = field(default_factory=LoraConfig)
@@ -283,10 +345,14 @@ class TrainConfig:
             "pipeline.path": self.pipeline.path,
             "data.prompts": self.data.prompts,
             "data.videos": self.data.videos,
+            "validation.prompts": self.validation.prompts,
         }
-        if self.algorithm.needs_rewards:
-            named["rewards.encoder"] = self.rewards.encoder
-            named["rewards.ot_map"] = self.rewards.ot_map
+        rewarded = {"rewards": self.rewards} if self.algorithm.needs_rewards else {}
+        if self.validation.watched is not None:
+            rewarded["validation.watched"] = self.validation.watched
+        for key, rewards in rewarded.items():
+            named[f"{key}.encoder"] = rewards.encoder
+            named[f"{key}.ot_map"] = rewards.ot_map
         for key, name in named.items():
             if name is not None:
                 try:

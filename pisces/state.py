@@ -71,7 +71,7 @@ def save_checkpoint(
         OSError: if the disk is full or not writable; the message names the directory.
     """
     root = Path(root)
-    final = root / f"step-{step:08d}"
+    final = checkpoint_dir(root, step)
     partial = root / (final.name + PARTIAL_SUFFIX)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -100,6 +100,11 @@ def save_checkpoint(
     for _, old in list_checkpoints(root)[: -max(1, keep)]:
         _remove(old)
     return final
+
+
+def checkpoint_dir(root: str | Path, step: int) -> Path:
+    """The directory of a step's checkpoint."""
+    return Path(root) / f"step-{step:08d}"
 
 
 def list_checkpoints(root: str | Path) -> list[tuple[int, Path]]:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
+import psutil
 import torch
 import yaml
 from torch import Tensor, nn
@@ -25,12 +21,16 @@ from tqdm import tqdm
 from pisces.algorithms import Algorithm
 from pisces.algorithms.base import Stateful
 from pisces.batches import Batches
-from pisces.config import OptimizerConfig, TrainConfig, pipeline_path
-from pisces.pipelines import load_pipeline
+from pisces.config import OptimizerConfig, TrainConfig
+from pisces.guards import alarms, alarms_in_a_row
 from pisces.pipelines.base import PipelineAdapter
-from pisces.pipelines.trainable import best_device, prepare
+from pisces.processes import Processes
+from pisces.run_log import Record, RunLog
+from pisces.sections import flat
+from pisces.signals import StopSignals
 from pisces.state import (
     CheckpointError,
+    checkpoint_dir,
     latest_checkpoint,
     load_checkpoint,
     random_states,
@@ -39,13 +39,14 @@ from pisces.state import (
     step_generator,
     write_text,
 )
+from pisces.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 # So many steps skipped in a row mean that something is broken, not that one batch was unlucky.
 MAX_SKIPPED_IN_A_ROW = 10
-# What a resumed run may have changed: how long and where, and how much memory the decode takes.
-FREE_SETTINGS = ("steps", "output.", "pipeline.decode.", "pipeline.gradient_checkpointing")
+# What a resumed run may have changed: how long and where, what is looked at, how much memory the decode takes.
+FREE_SETTINGS = ("steps", "output.", "validation.", "pipeline.decode.", "pipeline.gradient_checkpointing")
 
 
 class TrainingError(RuntimeError):
@@ -57,20 +58,24 @@ class Interrupted(SystemExit):
 
 
 class Trainer:
-    """AdamW on an algorithm's loss, with accumulation, clipping, EMA, a JSONL log and exact resume.
+    """AdamW on an algorithm's loss, with accumulation, clipping, EMA, validation, logs and exact resume.
 
     Step s draws all its noise from generators seeded by (seed, s, micro-batch), and batch n of the data is a function
     of n, so a run that is stopped and resumed is the same run, bit for bit. A step whose loss or gradient is not
     finite is skipped: logged, counted, and without effect on weights, optimizer or EMA.
+
+    Processes that were joined before (:func:`pisces.processes.join_processes`) divide the micro-batches of each step
+    among themselves; the run is the same for any number of them, up to the order in which gradients are added.
 
     Args:
         adapter: the pipeline, already given to :func:`~pisces.pipelines.prepare`.
         algorithm: the loss.
         config: ``seed``, ``steps``, ``optimizer`` and ``output`` are used; the whole is stored with the checkpoints.
         batches: micro-batches by number, such as ``PromptBatches``.
+        validation: what is sampled and scored meanwhile; None is nothing.
 
     Raises:
-        ValueError: if nothing in the transformer is trainable.
+        ValueError: if nothing in the transformer is trainable, or a step's micro-batches cannot be divided equally.
 
     Example:
         >>> import tempfile
@@ -78,6 +83,7 @@ class Trainer:
         >>> from pisces.batches import PromptBatches
         >>> from pisces.config import LoraConfig, OptimizerConfig, OutputConfig
         >>> from pisces.encoders import load_encoder
+        >>> from pisces.pipelines import load_pipeline, prepare
         >>> from pisces.rewards import CompositeReward, SemanticReward
         >>> from pisces.world import checkpoint_path
         >>> adapter = load_pipeline(checkpoint_path("wan-base"))
@@ -92,17 +98,30 @@ class Trainer:
     """
 
     def __init__(
-        self, adapter: PipelineAdapter, algorithm: Algorithm, config: TrainConfig, *, batches: Batches
+        self,
+        adapter: PipelineAdapter,
+        algorithm: Algorithm,
+        config: TrainConfig,
+        *,
+        batches: Batches,
+        validation: Validation | None = None,
     ) -> None:
         self.adapter = adapter
         self.algorithm = algorithm
         self.config = config
         self.batches = batches
+        self.validation = validation
         self.output = Path(config.output.dir)
         self.parameters = {n: p for n, p in adapter.transformer.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("Trainer: no parameter of the transformer requires a gradient. Call prepare first.")
         settings = config.optimizer
+        self.processes = Processes()
+        if settings.accumulation % self.processes.count:
+            raise ValueError(
+                f"Trainer: got {settings.accumulation} micro-batches a step for {self.processes.count} processes, "
+                "expected a multiple. Set optimizer.accumulation."
+            )
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=settings.lr,
@@ -114,7 +133,8 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self._skipped_in_a_row = 0
-        self._signal: int | None = None
+        self._signals = StopSignals()
+        self._stopped_by: int | None = None  # the signal that all processes know of
 
     # ------------------------------------------------------------------ the loop
 
@@ -134,39 +154,40 @@ class Trainer:
             Interrupted: after a SIGTERM or SIGINT, once the checkpoint is written.
         """
         self._open(resume)
-        bar = tqdm(total=self.config.steps, initial=self.step, disable=not sys.stderr.isatty(), unit="step")
         saved_at = self.step
-        with self._catch_signals(), bar, (self.output / "log.jsonl").open("a") as log:
-            while self.step < self.config.steps and self._signal is None:
+        with self._signals, self._bar() as bar, self._log() as log:
+            hacked = self._validate(log)
+            while self.step < self.config.steps and self._stopped_by is None and not hacked:
                 record = self.train_step()
-                log.write(json.dumps(record) + "\n")
-                log.flush()
+                if log is not None:
+                    log.step(record)
                 if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                     raise TrainingError(
                         f"Trainer: {MAX_SKIPPED_IN_A_ROW} steps in a row skipped (step {self.step}: "
-                        f"{record['skipped']}). Lower optimizer.lr, or look at the rewards; see {log.name}."
+                        f"{record['skipped']}). Lower optimizer.lr, or look at the rewards; see {self.output}."
                     )
-                shown = {k: v for k, v in record.items() if k == "loss" or k.startswith("reward")}
-                bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items() if v is not None}, refresh=False)
-                bar.update()
+                _show(bar, record)
                 if self.step % self.config.output.save_every == 0:
                     self.save()
                     saved_at = self.step
+                hacked = self._validate(log)
             if saved_at != self.step:
                 self.save()
-        if self._signal is not None and self.step < self.config.steps:
-            logger.warning("signal %d: saved step %d in %s", self._signal, self.step, self.output)
-            raise Interrupted(128 + self._signal)
+        if self._stopped_by is not None and self.step < self.config.steps:
+            logger.warning("signal %d: saved step %d in %s", self._stopped_by, self.step, self.output)
+            raise Interrupted(128 + self._stopped_by)
         return self.export()
 
-    def train_step(self) -> dict[str, float | int | str | None]:
+    def train_step(self) -> Record:
         """One optimizer step.
 
         Returns:
-            The log line: step, loss, the algorithm's scalars, grad_norm, lr, seconds; a skipped step has ``skipped``
-            with the reason, and null for what was not finite.
+            The log line: step, loss, the algorithm's scalars, grad_norm, lr, seconds, and memory_gb (the peak on a
+            GPU, else what the process holds); a skipped step has ``skipped`` with the reason, and null for what was
+            not finite.
         """
         started = time.perf_counter()
+        _start_memory(self.adapter.device)
         settings = self.config.optimizer
         parts = settings.accumulation
         lr = settings.lr * lr_share(self.step, self.config.steps, settings)
@@ -175,16 +196,22 @@ class Trainer:
         if isinstance(self.algorithm, Stateful) and self.step % self.updates == 0:
             self.algorithm.begin()
         self.optimizer.zero_grad(set_to_none=True)
-        totals: dict[str, float] = {}
-        for part in range(parts):
+        mine: dict[str, float] = {}
+        for part in self.processes.share(parts):
             batch = self.batches[self.step // self.updates * parts + part]
             generator = step_generator(self.config.seed, self.step, part)
             loss, logs = self.algorithm.loss(batch, generator)
             (loss / parts).backward()
             for name, value in {"loss": loss.detach(), **logs}.items():
-                totals[name] = totals.get(name, 0.0) + float(value) / parts
-            if not math.isfinite(totals["loss"]):
+                mine[name] = mine.get(name, 0.0) + float(value) / parts
+            if not math.isfinite(mine["loss"]):
                 break
+        self.processes.add_up_gradients(self.parameters.values())
+        totals: dict[str, float] = {}
+        for numbers, number in self.processes.gather((mine, self._signals.noted)):
+            self._stopped_by = self._stopped_by or number
+            for name, value in numbers.items():
+                totals[name] = totals.get(name, 0.0) + value
         limit = math.inf if settings.grad_clip is None else settings.grad_clip
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
         reason = None
@@ -199,7 +226,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         values = {**totals, "grad_norm": norm, "lr": lr, "seconds": time.perf_counter() - started}
-        record: dict[str, float | int | str | None] = {"step": self.step}
+        values["memory_gb"] = _memory_gb(self.adapter.device)
+        record: Record = {"step": self.step}
         record.update({name: value if math.isfinite(value) else None for name, value in values.items()})
         if reason is not None:
             record["skipped"] = reason
@@ -215,6 +243,41 @@ class Trainer:
         if isinstance(self.algorithm, Stateful):
             self.algorithm.begin()  # else the same bad rollout comes again
         logger.warning("step %d skipped: %s", self.step + 1, reason)
+
+    # ------------------------------------------------------------------ validation
+
+    def _validate(self, log: RunLog | None) -> bool:
+        """Validate if it is time to, by the averaged weights; whether the guards end the run."""
+        if self.validation is None:
+            return False
+        done = {record["step"] for record in log.validations} if log is not None else set()
+        (done, *_) = self.processes.gather(done)
+        if self.validation.due(self.step, self.config.steps) and self.step not in done:
+            with self.ema_weights():
+                record = self.validation.run(self.step, self.output)
+                if log is not None:
+                    log.validation(record)
+                    if self.step and _is_best(log.validations):
+                        self._write_model(self.output / "best")
+        hacked = log is not None and self._hacked(log.validations)
+        return self.processes.gather(hacked)[0]
+
+    def _hacked(self, validations: list[Record]) -> bool:
+        """Say what alarms the last validation, and whether it is one too many."""
+        guards = self.config.validation.guards
+        if not validations or validations[-1]["step"] != self.step:
+            return False
+        for sentence in alarms(validations, guards):
+            logger.warning("step %d: %s", self.step, sentence)
+        in_a_row = alarms_in_a_row(validations, guards)
+        if guards.patience is None or in_a_row < guards.patience:
+            return False
+        logger.warning(
+            "step %d: %d validations in a row with an alarm, training ends (validation.guards.patience)",
+            self.step,
+            in_a_row,
+        )
+        return True
 
     # ------------------------------------------------------------------ averaged weights
 
@@ -253,24 +316,28 @@ class Trainer:
             f"{name}/{key}": value for name, state in self._optimizer_state().items() for key, value in state.items()
         }
         random_tensors, random_meta = random_states()
-        return save_checkpoint(
-            self.output / "checkpoints",
-            self.step,
-            {
-                "weights": self.parameters,
-                "optimizer": moments,
-                "ema": self.ema,
-                "random": random_tensors,
-                "algorithm": self._algorithm_state(),
-            },
-            {
-                "config": self.config.to_dict(),
-                "data": self.batches.fingerprint,
-                "skipped": [self.skipped, self._skipped_in_a_row],
-                "random": random_meta,
-            },
-            keep=self.config.output.keep,
-        )
+        root, algorithm = self.output / "checkpoints", self._algorithm_state()
+        if self.processes.is_main:
+            save_checkpoint(
+                root,
+                self.step,
+                {
+                    "weights": self.parameters,
+                    "optimizer": moments,
+                    "ema": self.ema,
+                    "random": random_tensors,
+                    "algorithm": algorithm,
+                },
+                {
+                    "config": self.config.to_dict(),
+                    "data": self.batches.fingerprint,
+                    "skipped": [self.skipped, self._skipped_in_a_row],
+                    "random": random_meta,
+                },
+                keep=self.config.output.keep,
+            )
+        self.processes.wait()
+        return checkpoint_dir(root, self.step)
 
     def load(self, path: str | Path) -> None:
         """Take over a checkpoint that :meth:`save` wrote.
@@ -312,10 +379,17 @@ class Trainer:
 
     def export(self) -> Path:
         """Write the trained model, with averaged weights if EMA is on, to ``output.dir/final``."""
+        path = self.output / "final"
+        if self.processes.is_main:
+            with self.ema_weights():
+                self._write_model(path)
+        self.processes.wait()
+        return path
+
+    def _write_model(self, path: Path) -> None:
+        """Write the model as it is now, as a LoRA or as a pipeline directory."""
         lora = bool(getattr(self.adapter.transformer, "peft_config", None))
-        with self.ema_weights():
-            write = self.adapter.save_lora if lora else self.adapter.save_pretrained
-            return write(self.output / "final")
+        (self.adapter.save_lora if lora else self.adapter.save_pretrained)(path)
 
     def _optimizer_state(self) -> dict[str, dict[str, Tensor]]:
         """AdamW's tensors by parameter name; empty before the first step."""
@@ -324,20 +398,19 @@ class Trainer:
 
     def _algorithm_state(self) -> dict[str, Tensor]:
         """What the algorithm still needs of the batches so far; nothing where the next step begins with new ones."""
-        needed = isinstance(self.algorithm, Stateful) and self.step % self.updates
-        return self.algorithm.state() if needed else {}  # type: ignore[attr-defined]
+        if not isinstance(self.algorithm, Stateful) or self.step % self.updates == 0:
+            return {}
+        mine = {name: tensor.cpu() for name, tensor in self.algorithm.state().items()}
+        return {name: tensor for state in self.processes.gather(mine) for name, tensor in state.items()}
 
     def _check_same_run(self, meta: dict[str, Any], path: Path) -> None:
         """Refuse a checkpoint whose run had other settings, :data:`FREE_SETTINGS` apart."""
         # A learning rate that falls over the steps depends on their number.
         free = FREE_SETTINGS if self.config.optimizer.schedule == "constant" else FREE_SETTINGS[1:]
-        mine, theirs = (
-            {k: v for k, v in _flat(c).items() if not k.startswith(free)}
-            for c in (self.config.to_dict(), meta["config"])
-        )
+        mine, theirs = flat(self.config.to_dict()), flat(meta["config"])
         changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-        if changed:
-            lines = [f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in changed]
+        lines = [f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in changed if not k.startswith(free)]
+        if lines:
             raise CheckpointError(
                 f"Trainer: {path} is of a run with other settings ({'; '.join(lines)}). "
                 "Restore them, or choose another output.dir."
@@ -349,91 +422,33 @@ class Trainer:
 
     def _open(self, resume: str | Path) -> None:
         """Prepare the output directory and take over a checkpoint."""
-        checkpoints, log = self.output / "checkpoints", self.output / "log.jsonl"
-        path = latest_checkpoint(checkpoints) if resume == "auto" else None
-        if resume == "never":
+        checkpoints = self.output / "checkpoints"
+        if resume == "never" and self.processes.is_main:
             # By name: the folder is the user's, and may hold other things. One that stays would be resumed from later.
-            for earlier in [*checkpoints.glob("step-*"), *self.output.glob("final")]:
+            made = ("checkpoints/step-*", "final", "best", "validation", "tensorboard")
+            for earlier in [path for pattern in made for path in self.output.glob(pattern)]:
                 shutil.rmtree(earlier)
-        elif resume != "auto":
-            path = Path(resume)
+        self.processes.wait()
+        path = latest_checkpoint(checkpoints) if resume in ("auto", "never") else Path(resume)
         if path is not None:
             self.load(path)
-        self.output.mkdir(parents=True, exist_ok=True)
-        write_text(self.output / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
-        # A killed run has logged steps after its last checkpoint: they will be made, and logged, again.
-        lines = log.read_text().splitlines() if log.is_file() else []
-        write_text(log, "".join(line + "\n" for line in lines if _logged_step(line) <= self.step))
+        if self.processes.is_main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_text(self.output / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
 
     @contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """SIGTERM and the first SIGINT end the loop after the running step; a second SIGINT acts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
+    def _log(self) -> Iterator[RunLog | None]:
+        """The run's log; None where another process writes it."""
+        if not self.processes.is_main:
+            yield None
             return
-        former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        settings = self.config.to_dict()
+        with RunLog(self.output, self.step, trackers=self.config.output.trackers, settings=settings) as log:
+            yield log
 
-        def note(number: int, frame: FrameType | None) -> None:
-            self._signal = number
-            signal.signal(number, former[signal.Signals(number)])
-
-        for number in former:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-
-def build_training(config: TrainConfig) -> Trainer:
-    """Build pipeline, data, rewards and algorithm from settings.
-
-    Args:
-        config: what :func:`pisces.config.load_config` returned.
-
-    Returns:
-        The trainer, at step 0; ``fit`` trains, resuming if it can.
-
-    Raises:
-        FileNotFoundError: if a file that the settings name is not there.
-        ValueError: if the settings do not fit together or the data cannot be used.
-    """
-    from pisces.build import build_algorithm, build_batches, build_rewards
-
-    config.check_inputs()
-    settings = config.pipeline
-    adapter = load_pipeline(
-        pipeline_path(settings.path),
-        dtype=getattr(torch, settings.dtype),
-        vae_dtype=getattr(torch, settings.vae_dtype),
-        device=settings.device or best_device(),
-        decoding=asdict(settings.decode),
-    )
-    batches = build_batches(config, adapter)
-    # Before anything is trainable: the rewards' reference batch is drawn from the base model.
-    rewards = build_rewards(config, adapter, batches)
-    prepare(adapter, config.lora, seed=config.seed, gradient_checkpointing=settings.gradient_checkpointing)
-    algorithm = build_algorithm(config, adapter, rewards)
-    return Trainer(adapter, algorithm, config, batches=batches)
-
-
-def run_training(config: TrainConfig, *, resume: str | Path = "auto") -> Path:
-    """Build everything from settings, train, and export.
-
-    Args:
-        config: what :func:`pisces.config.load_config` returned.
-        resume: as for :meth:`Trainer.fit`.
-
-    Returns:
-        ``output.dir/final``.
-
-    Raises:
-        FileNotFoundError: if a file that the settings name is not there.
-        ValueError: if the settings do not fit together or the data cannot be used.
-        Interrupted: after a SIGTERM or SIGINT, once the checkpoint is written.
-    """
-    return build_training(config).fit(resume=resume)
+    def _bar(self) -> tqdm[NoReturn]:
+        hidden = not (sys.stderr.isatty() and self.processes.is_main)
+        return tqdm(total=self.config.steps, initial=self.step, disable=hidden, unit="step")
 
 
 def lr_share(step: int, steps: int, settings: OptimizerConfig) -> float:
@@ -453,20 +468,31 @@ def lr_share(step: int, steps: int, settings: OptimizerConfig) -> float:
     return settings.final_lr + (1 - settings.final_lr) * left
 
 
-def _logged_step(line: str) -> float:
-    """The step of a log line; infinite for a line that a kill cut off."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def _is_best(validations: list[Record]) -> bool:
+    """Whether the watched rewards are higher than in all former validations."""
+    *former, last = [_number(record.get("watched")) for record in validations]
+    return all(not value >= last for value in former) and math.isfinite(last)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``a.b`` -> value."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
+def _number(value: float | int | str | None) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _show(bar: tqdm[NoReturn], record: Record) -> None:
+    """One step further, with the rewards and the memory behind the bar."""
+    shown = {k: v for k, v in record.items() if k == "loss" or k.startswith("reward")}
+    numbers = {k: f"{v:.3f}" for k, v in shown.items() if v is not None}
+    bar.set_postfix({**numbers, "memory": f"{record['memory_gb']:.1f} GB"}, refresh=False)
+    bar.update()
+
+
+def _start_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _memory_gb(device: torch.device) -> float:
+    """The peak since :func:`_start_memory` on a GPU, else what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9

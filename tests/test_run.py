@@ -17,14 +17,13 @@ import yaml
 from diffusers import DiffusionPipeline
 from tiny_wan import PROMPTS, WORDS, build_tiny_wan
 
-from pisces.build import build_batches, reference_batch
+from pisces.build import build_batches, build_training, reference_batch, run_training
 from pisces.config import TrainConfig, load_config
 from pisces.data import VideoReadError, write_metadata, write_video
 from pisces.encoders import TinyEncoder, TinyEncoderConfig
 from pisces.ot_map import Alignment, fit_alignment
 from pisces.pipelines import load_pipeline
 from pisces.state import latest_checkpoint, load_checkpoint
-from pisces.trainer import build_training, run_training
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,7 @@ def test_rewards_of_the_base_are_standardized(world: Path, tmp_path: Path) -> No
     config = settings(world, tmp_path)
     rewards: Any = build_training(config).algorithm.rewards  # type: ignore[attr-defined]
     adapter = load_pipeline(world / "wan")
-    frames, prompts = reference_batch(config, adapter, build_batches(config, adapter))
+    frames, prompts = reference_batch(4, config, adapter, build_batches(config, adapter))
     assert len(frames) == len(prompts) == 4
     for values in rewards.terms(frames, prompts).values():
         assert float(values.mean()) == pytest.approx(0.0, abs=1e-3)
@@ -135,7 +134,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     code = (
         f"import sys, time, torch; torch.set_num_threads({torch.get_num_threads()})\n"
         "from pisces.config import load_config\n"
-        "from pisces.trainer import build_training\n"
+        "from pisces.build import build_training\n"
         "trainer = build_training(load_config(sys.argv[1]))\n"
         "step = trainer.train_step\n"
         "trainer.train_step = lambda: (time.sleep(0.2), step())[1]\n"

@@ -111,13 +111,12 @@ class PipelineAdapter(ABC):
 
         root = check_pipeline_dir(path, who=f"{cls.__name__}.from_pretrained")
         with quiet_files():
-            pipe = DiffusionPipeline.from_pretrained(str(root), local_files_only=True, dtype=dtype)
-        for part in pipe.components.values():
+            dtypes = {"default": dtype, "vae": vae_dtype or dtype}
+            pipe = DiffusionPipeline.from_pretrained(str(root), local_files_only=True, dtype=dtypes)
+        for name, part in pipe.components.items():
             # In lower precisions the loaders keep some parts in float32 on purpose: leave those.
-            if isinstance(part, nn.Module) and dtype == torch.float32:
+            if isinstance(part, nn.Module) and dtypes.get(name, dtype) == torch.float32:
                 part.float()
-        if vae_dtype is not None:
-            pipe.vae.to(vae_dtype)
         if device is not None:
             pipe.to(device)
         return cls(pipe, defaults=read_defaults(root), decoding=decoding)

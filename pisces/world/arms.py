@@ -21,6 +21,7 @@ from pisces.config import (
     PipelineConfig,
     RewardsConfig,
     TrainConfig,
+    ValidationConfig,
 )
 from pisces.ot_map import Kind
 from pisces.pipelines.wan import WanAdapter
@@ -121,12 +122,13 @@ def arm_config(arm: Arm, seed: int, paths: DemoPaths, *, steps: int, base: str =
             ot_map=str(paths.alignment(arm.alignment)) if arm.alignment is not None else None,
             transport=Transport() if arm.transport else None,
         ),
+        validation=ValidationConfig(every=0),  # the judge looks at the end
         algorithm=DraftConfig(steps=SAMPLER_STEPS, anchor_weight=ANCHOR_WEIGHT) if rewarded else FlowMatchingConfig(),
         optimizer=OptimizerConfig(
             lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0, warmup_steps=10, accumulation=1, ema_decay=EMA_DECAY
         ),
         lora=None,
-        output=OutputConfig(dir=str(paths.run(arm, seed)), save_every=20, keep=1),
+        output=OutputConfig(dir=str(paths.run(arm, seed)), save_every=20, keep=1, trackers=()),
         steps=steps,
         seed=seed,
     )
@@ -138,7 +140,7 @@ def equal_compute_steps(paths: DemoPaths, steps: int) -> int:
     Counted are the matrix products, convolutions and attentions of one training step of each kind, forward and
     backward, by torch's FlopCounterMode.
     """
-    from pisces.trainer import build_training
+    from pisces.build import build_training
 
     cost = {}
     for arm in (FURTHER, PISCES):
@@ -203,7 +205,7 @@ def run_arm(config: dict[str, Any], n_judged: int, n_shown: int) -> dict[str, An
     Returns:
         As `judge_generator`.
     """
-    from pisces.trainer import run_training
+    from pisces.build import run_training
 
     torch.set_num_threads(1)
     final = run_training(TrainConfig.from_dict(config))

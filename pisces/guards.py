@@ -1,0 +1,56 @@
+"""Alarms against reward hacking: the reward rises while the videos get worse in ways that it does not see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pisces.config import GuardsConfig
+
+
+def alarms(records: Sequence[Mapping[str, Any]], guards: GuardsConfig) -> list[str]:
+    """What is wrong with the last validation, in sentences; empty if nothing is.
+
+        sharpness, motion  < share * those of the first validation
+        saturation         > times * that of the first
+        watched            < its best so far - distance * its standard deviation over the first validation's videos
+
+    Args:
+        records: of all validations in order, the first of them the base's.
+        guards: the limits.
+
+    Example:
+        >>> from pisces.config import GuardsConfig
+        >>> base, now = ({"sharpness": s, "motion": 0.1, "saturation": 0.3} for s in (0.02, 0.004))
+        >>> alarms([base, now], GuardsConfig())
+        ['sharpness 0.004 is 20 % of the base model, limit 50 %']
+    """
+    first, last = records[0], records[-1]
+    found = []
+    for name in ("sharpness", "motion", "saturation"):
+        limit, before, now = getattr(guards, name), first.get(name), last.get(name)
+        if limit is None or not before or now is None:
+            continue
+        share = now / before
+        if share > limit if name == "saturation" else share < limit:
+            found.append(f"{name} {now:.3g} is {share:.0%} of the base model, limit {limit:.0%}".replace("%", " %"))
+    scores = [record["watched"] for record in records if record.get("watched") is not None]
+    spread = first.get("watched_std")
+    if guards.watched is not None and spread and last.get("watched") is not None:
+        lost = (max(scores) - last["watched"]) / spread
+        if lost > guards.watched:
+            found.append(
+                f"the watched rewards are {lost:.2g} standard deviations below their best, limit {guards.watched:g}"
+            )
+    return found
+
+
+def alarms_in_a_row(records: Sequence[Mapping[str, Any]], guards: GuardsConfig) -> int:
+    """How many of the last validations, without a break, raise an alarm."""
+    count = 0
+    for end in range(len(records), 0, -1):
+        if not alarms(records[:end], guards):
+            break
+        count += 1
+    return count

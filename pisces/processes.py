@@ -1,0 +1,72 @@
+"""Several processes that train one model: each takes some micro-batches of a step, then gradients are added up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def join_processes() -> torch.device | None:
+    """Join the others if this process was launched with them (``torchrun``, ``accelerate launch``).
+
+    Returns:
+        The device of this process; None where it is alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import PartialState
+
+    device: torch.device = PartialState().device
+    return device
+
+
+class Processes:
+    """This process among those that train together; alone if it has not joined any.
+
+    Attributes:
+        rank: number of this one.
+        count: how many there are.
+    """
+
+    def __init__(self) -> None:
+        joined = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if joined else 0
+        self.count = dist.get_world_size() if joined else 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one writes files."""
+        return self.rank == 0
+
+    def share(self, n: int) -> range:
+        """Which of n pieces of work are this process's."""
+        return range(self.rank, n, self.count)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        if self.count == 1:
+            return [value]
+        values: list[T] = [value] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def add_up_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace every gradient by its sum over the processes."""
+        if self.count == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:  # this process broke off at a loss that is not finite
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+    def wait(self) -> None:
+        """Go on when all have come here."""
+        if self.count > 1:
+            dist.barrier()

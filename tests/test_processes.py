@@ -1,0 +1,114 @@
+"""Two processes that train together are one: the same weights, logs, validations and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_wan import build_tiny_wan
+from trained_together import ALGORITHMS, train
+
+from pisces.pipelines import WanAdapter
+from pisces.processes import Processes
+from pisces.state import latest_checkpoint
+
+
+@pytest.fixture(scope="module")
+def wan_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_wan(tmp_path_factory.mktemp("tiny") / "wan", layers=1, shift_terminal=0.2)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def train_together(wan_dir: Path, output: Path, *, steps: int) -> None:
+    """Every algorithm in two processes that know of each other as torchrun's do."""
+    port = free_port()
+    running = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]),
+            "WORLD_SIZE": "2",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }
+        script = Path(__file__).with_name("trained_together.py")
+        command = [sys.executable, str(script), str(wan_dir), str(output), str(steps)]
+        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+
+def state(output: Path) -> dict[str, torch.Tensor]:
+    """Weights of the last checkpoint."""
+    path = latest_checkpoint(output / "checkpoints")
+    assert path is not None
+    return load_file(path / "weights.safetensors")
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def together(wan_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps of two processes, stopped after the third: before a rollout's second update."""
+    root = tmp_path_factory.mktemp("two")
+    for steps in (3, 4):
+        train_together(wan_dir, root, steps=steps)
+    return root
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_two_processes_are_one(wan_dir: Path, together: Path, tmp_path: Path, name: str) -> None:
+    train(wan_dir, tmp_path, name, 4)
+    one, two = state(tmp_path), state(together / name)
+    assert one.keys() == two.keys()
+    base = WanAdapter.from_pretrained(wan_dir).transformer.state_dict()
+    moved, apart = (torch.cat([(other[key] - one[key]).flatten() for key in one]) for other in (base, two))
+    # Not 0: float32 gradients are added in another order.
+    assert apart.norm() < 0.01 * moved.norm()
+    for file in ("log.jsonl", "validation.jsonl"):
+        mine, theirs = (
+            [record for record in lines(run / file) if file == "log.jsonl" or record["step"] != 3]
+            for run in (tmp_path, together / name)
+        )
+        assert len(mine) == len(theirs)
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.keys() == b.keys()
+            for key in a.keys() - {"seconds", "memory_gb"}:
+                assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-7), key
+    assert len(list((together / name / "validation/step-00000004").glob("*.mp4"))) == 3
+
+
+def test_alone_nothing_is_shared() -> None:
+    alone = Processes()
+    assert (alone.rank, alone.count, alone.is_main) == (0, 1, True)
+    assert list(alone.share(3)) == [0, 1, 2]
+    assert alone.gather("x") == ["x"]
+    alone.wait()
+
+
+def test_shares_are_all_of_the_work_once() -> None:
+    shares = []
+    for rank in range(3):
+        one = Processes()
+        one.rank, one.count = rank, 3
+        shares += list(one.share(7))
+    assert sorted(shares) == list(range(7))
