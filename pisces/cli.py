@@ -105,7 +105,7 @@ def demo(
 @app.command()
 @_reported
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file of settings; examples/ has some.")],
+    config: Annotated[str, typer.Argument(help="YAML file of settings, or preset:NAME; see below.")],
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting; repeat as needed.")
     ] = None,
@@ -117,9 +117,15 @@ def train(
 
     The output folder receives config.yaml, log.jsonl, checkpoints/ and at the end final/: a LoRA for
     load_lora_weights or a whole pipeline directory. Ctrl-C or SIGTERM saves a checkpoint; the same command goes on
-    from it, bit for bit. --no-resume deletes what an earlier run left in the output folder.
+    from it, bit for bit. --no-resume deletes what an earlier run left in the output folder. Launched by torchrun or
+    accelerate, the processes divide each step's micro-batches among themselves.
+
+    Presets: tiny-wan, tiny-wan-grpo (the small world, from nothing but this package), paper-hunyuan,
+    paper-hunyuan-grpo (PISCES' recipes), wan-1.3b.
 
     Examples:
+
+      pisces train preset:tiny-wan
 
       pisces train examples/draft.yaml
 
@@ -222,6 +228,71 @@ def score(
 
 @app.command()
 @_reported
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Folder of captioned videos, such as sample writes.")],
+    before: Annotated[Path | None, typer.Option(help="The same of another model, to compare with.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Replaces the captions.")] = None,
+    encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
+    ot_map: Annotated[Path | None, typer.Option(help="Alignment that fit-ot-map wrote.")] = None,
+    vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all numbers as JSON.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write each video's numbers as CSV.")] = None,
+) -> None:
+    """Measure a folder of videos: rewards, sharpness, saturation, motion, flicker, and the judge where it applies.
+
+    With --before the difference is shown with its bootstrap interval, paired where both folders hold the same files
+    with the same prompts. A video that cannot be read is named and left out; the exit code is then 1.
+
+    Examples:
+
+      pisces sample --pipeline packaged:wan-base --prompts p.txt --lossless --output /tmp/before
+
+      pisces sample --pipeline runs/draft/final --prompts p.txt --lossless --output /tmp/after
+
+      pisces evaluate /tmp/after --before /tmp/before
+    """
+    from pisces.commands.evaluate import evaluate as run
+
+    if prompt is not None and not prompt.strip():
+        raise ValueError("evaluate: --prompt is empty, expected at least one word.")
+    found = run(
+        folder,
+        before=before,
+        prompt=prompt,
+        encoder=encoder,
+        ot_map=ot_map,
+        vanilla=vanilla,
+        json_file=json_file,
+        csv_file=csv_file,
+    )
+    if found.after.unreadable or (found.before is not None and found.before.unreadable):
+        raise typer.Exit(1)
+
+
+@app.command()
+@_reported
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of pisces train; one or more.")],
+    output: Annotated[Path | None, typer.Option(help="The page. Default: report.html in the run's folder.")] = None,
+) -> None:
+    """Draw a training run on one HTML page: curves, videos before and after, alarms, settings.
+
+    The page holds everything itself and needs no network. Several runs are drawn side by side. A run that is still
+    going on can be reported, too.
+
+    Examples:
+
+      pisces report runs/draft
+
+      pisces report runs/draft runs/grpo --output compared.html
+    """
+    from pisces.commands.report import report as run
+
+    typer.echo(f"Open {run(runs, output)}")
+
+
+@app.command()
+@_reported
 def sample(
     output: Annotated[Path, typer.Option(help="Folder for the videos.")],
     pipeline: Annotated[str, typer.Option(help="diffusers directory, or packaged:NAME.")] = "packaged:wan-good",
@@ -237,17 +308,26 @@ def sample(
     fps: Annotated[float | None, typer.Option(help="Pictures a second. Default: the pipeline's, or 8.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Videos at a time.")] = 8,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
+    names: Annotated[str, typer.Option(help="number (0000.mp4) or vbench (videos/PROMPT-0.mp4).")] = "number",
+    per_prompt: Annotated[int, typer.Option(min=1, help="Videos of each prompt; VBench wants 5.")] = 1,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Exact pixels, to be measured by evaluate.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what a stopped call with the same options made.")
+    ] = False,
 ) -> None:
     """Make videos with a generator.
 
     Writes 0000.mp4, 0001.mp4, ... for any player, contact-sheet.png, prompts.jsonl (text, file, seed and settings of
-    each), and metadata.jsonl, which makes the folder one that score and fit-ot-map read.
+    each), and metadata.jsonl, which makes the folder one that score, evaluate and fit-ot-map read. With --names vbench
+    the folder videos/ is what VBench's evaluator takes as --videos_path.
 
     Examples:
 
       pisces sample --output /tmp/videos --prompt "a red square moves left" --guidance 2.5
 
       pisces sample --pipeline packaged:wan-base --lora runs/pisces/final --prompts prompts.txt --output /tmp/after
+
+      pisces sample --prompts vbench.txt --names vbench --per-prompt 5 --output /tmp/vbench --resume
     """
     from pisces.commands.sample import sample as run
     from pisces.data import read_prompts
@@ -271,6 +351,10 @@ def sample(
         fps=fps,
         batch_size=batch_size,
         device=device,
+        names=names,
+        per_prompt=per_prompt,
+        lossless=lossless,
+        resume=resume,
     )
     typer.echo(f"wrote {len(files)} videos to {output}, see {output / 'contact-sheet.png'}")
 

@@ -50,10 +50,12 @@ __all__ = [
     "ValidationConfig",
     "load_config",
     "pipeline_path",
+    "presets",
     "resolve_path",
 ]
 
-PACKAGED = "packaged:"
+PACKAGED, PRESET = "packaged:", "preset:"
+PRESETS = Path(__file__).parent / "presets"
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -367,7 +369,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file of settings.
 
     Args:
-        path: the file.
+        path: the file, or ``preset:NAME`` for one of :func:`presets`.
         overrides: settings of the form ``a.b=value`` that replace the file's; values are read as YAML.
 
     Returns:
@@ -377,7 +379,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         FileNotFoundError: if the file, or one that it names, is not there.
         ValueError: if it is no YAML mapping, or a key or value is wrong.
     """
-    path = Path(path)
+    path = _preset(str(path)) if str(path).startswith(PRESET) else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load_config: no such file: {path}")
     try:
@@ -399,14 +401,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return config
 
 
+def presets() -> dict[str, str]:
+    """Names of the settings that come with the package, each with the first sentence that it says of itself."""
+    return {file.stem: file.read_text().splitlines()[0].removeprefix("# ") for file in sorted(PRESETS.glob("*.yaml"))}
+
+
+def _preset(name: str) -> Path:
+    file = PRESETS / f"{name.removeprefix(PRESET)}.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(f"load_config: no preset {name!r}, expected one of {', '.join(presets())}.")
+    return file
+
+
 def resolve_path(name: str) -> Path:
-    """The path that a setting names: ``packaged`` and ``packaged:NAME`` are checkpoints of the package.
+    """The path that a setting names: ``packaged`` and ``packaged:NAME`` are checkpoints and prompts of the package.
 
     Raises:
         FileNotFoundError: if the package has no such checkpoint.
     """
     if name == "packaged":
         name = PACKAGED + "encoder"
+    if name.startswith(PACKAGED) and name.endswith(".txt"):
+        return PRESETS / name.removeprefix(PACKAGED)
     if name.startswith(PACKAGED):
         from pisces.world import checkpoint_path
 

@@ -22,6 +22,7 @@ from pisces.state import step_generator
 
 FPS = 8
 SHOWN = 8  # videos on a contact sheet
+SHEET_FRAMES = 5  # of each
 
 # Apart from the noise of the steps, whose generators are seeded by (seed, step, part).
 _NOISE_TAG = 0x5EED
@@ -126,13 +127,13 @@ class Validation:
 
     def _scores(self, frames: Tensor, number: int) -> dict[str, Tensor]:
         """Every number of one video."""
-        scores = dict(measure(frames))
+        scores: dict[str, Tensor] = {}
         for prefix, rewards in (("reward", self.rewards), ("watched", self.watched)):
             if rewards is not None:
                 terms = rewards.terms(frames, [self.prompts[number]])
                 scores |= {f"{prefix}/{name}": value for name, value in terms.items()}
                 scores[prefix] = torch.stack([rewards.weights[name] * value for name, value in terms.items()]).sum(0)
-        return scores
+        return scores | measure(frames)
 
     def _sheet(self, step: int, output: Path) -> None:
         """The base's videos above those of this step, both as they were written."""
@@ -144,5 +145,5 @@ class Validation:
         for label, folder in folders.items():
             files = [folder / f"{number:04d}.mp4" for number in range(len(prompts))]
             if all(file.is_file() for file in files):
-                rows.append((label, torch.stack([read_video(file) for file in files])))
+                rows.append((label, torch.stack([read_video(file, n_frames=SHEET_FRAMES) for file in files])))
         contact_sheet(validation_dir(output, step) / "contact-sheet.png", rows, prompts)

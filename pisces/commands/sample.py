@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import torch
 from tqdm import tqdm
 
 from pisces.config import pipeline_path
-from pisces.data import atomic_path, write_metadata, write_video
+from pisces.data import atomic_path, read_video, write_metadata, write_video
 from pisces.pipelines import load_pipeline
 from pisces.pipelines.trainable import best_device
 from pisces.report import contact_sheet
 
 MAX_SHEET = 24  # clips on the contact sheet
+SHEET_FRAMES = 5  # of each
 FPS = 8
+MAX_NAME_BYTES = 255  # of usual file systems
 
 
 def sample(
@@ -36,11 +39,15 @@ def sample(
     fps: float | None,
     batch_size: int,
     device: str | None = None,
+    names: str = "number",
+    per_prompt: int = 1,
+    lossless: bool = False,
+    resume: bool = False,
 ) -> list[Path]:
-    """Sample one video a prompt and write mp4 files, a contact sheet, captions and settings.
+    """Sample videos of prompts and write mp4 files, a contact sheet, captions and settings.
 
-    Video i starts from noise of the seed `seed + i`, so it does not depend on the number of prompts or the batch size
-    (beyond rounding).
+    Video i (all videos of a prompt behind each other) starts from noise of the seed `seed + i`, so it does not depend
+    on the number of prompts or the batch size (beyond rounding).
 
     Args:
         prompts: texts, none empty.
@@ -56,35 +63,28 @@ def sample(
         fps: pictures a second.
         batch_size: videos at a time.
         device: such as "cuda:1"; None is the first GPU if there is one, else the CPU.
+        names: "number" writes `0000.mp4`; "vbench" writes `videos/PROMPT-K.mp4`, K the number among those of a prompt,
+            where VBench's evaluator looks for them. It takes every file of that folder for a video.
+        per_prompt: videos of each prompt; VBench wants 5.
+        lossless: at their own size without loss, to be measured; otherwise as every player shows them, small ones
+            enlarged.
+        resume: leave the files that an earlier call with the same settings wrote.
 
     Returns:
         The mp4 files.
 
     Raises:
         FileNotFoundError: no such pipeline or LoRA.
-        ValueError: settings that do not fit.
+        ValueError: settings that do not fit, prompts that make no file name, or a folder to resume with others.
     """
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"sample: --fps is {fps}, expected a positive number.")
+    texts = [prompt for prompt in prompts for _ in range(per_prompt)]
+    files = [output / name for name in file_names(prompts, names, per_prompt)]
     adapter = load_pipeline(pipeline_path(pipeline), device=device or best_device())
     if lora is not None:
         adapter.load_lora(_lora_file(lora))
     defaults = getattr(adapter, "defaults", {})
-    rate = fps or defaults.get("fps", FPS)
-    files: list[Path] = []
-    shown: list[torch.Tensor] = []
-    bar = tqdm(total=len(prompts), desc="sampling", unit="video", disable=None)
-    with bar, torch.no_grad():
-        for start in range(0, len(prompts), batch_size):
-            texts = list(prompts[start : start + batch_size])
-            noise = torch.cat([_noise(adapter, seed + start + i, n_frames, height, width) for i in range(len(texts))])
-            frames = adapter.decode(adapter.sample(texts, steps=steps, guidance_scale=guidance, noise=noise)).cpu()
-            for video in frames:
-                files.append(write_video(output / f"{len(files):04d}.mp4", video, fps=rate, lossless=False))
-                if len(shown) < MAX_SHEET:
-                    shown.append(video)
-            bar.update(len(texts))
-    contact_sheet(output / "contact-sheet.png", [("", torch.stack(shown))], prompts[:MAX_SHEET])
     settings = {
         "pipeline": pipeline,
         "lora": str(lora) if lora else None,
@@ -92,14 +92,58 @@ def sample(
         "guidance": guidance,
     }
     rows = [
-        {"prompt": prompt, "file_name": file.name, "seed": seed + i, **settings}
-        for i, (prompt, file) in enumerate(zip(prompts, files, strict=True))
+        {"prompt": text, "file_name": str(file.relative_to(output)), "seed": seed + i, **settings}
+        for i, (text, file) in enumerate(zip(texts, files, strict=True))
     ]
-    with atomic_path(output / "prompts.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    _claim_folder(output, rows, resume)
+    missing = [i for i, file in enumerate(files) if not (resume and file.is_file())]
+    bar = tqdm(total=len(files), initial=len(files) - len(missing), desc="sampling", unit="video", disable=None)
+    with bar, torch.no_grad():
+        for start in range(0, len(missing), batch_size):
+            part = missing[start : start + batch_size]
+            noise = torch.cat([_noise(adapter, seed + i, n_frames, height, width) for i in part])
+            few = [texts[i] for i in part]
+            frames = adapter.decode(adapter.sample(few, steps=steps, guidance_scale=guidance, noise=noise)).cpu()
+            for i, video in zip(part, frames, strict=True):
+                write_video(files[i], video, fps=fps or defaults.get("fps", FPS), lossless=lossless)
+            bar.update(len(part))
+    shown = torch.stack([read_video(file, n_frames=SHEET_FRAMES) for file in files[:MAX_SHEET]])
+    contact_sheet(output / "contact-sheet.png", [("", shown)], texts[:MAX_SHEET])
     # With captions the folder is a data set: `score`, `fit-ot-map` and `train` read it.
     write_metadata(output, [{"file_name": row["file_name"], "text": row["prompt"]} for row in rows])
     return files
+
+
+def file_names(prompts: Sequence[str], names: str, per_prompt: int) -> list[str]:
+    """Paths of all videos below the output folder, those of a prompt behind each other.
+
+    Raises:
+        ValueError: unknown `names`; with "vbench", a prompt that is there twice or cannot be a file name.
+    """
+    if names == "number":
+        return [f"{i:04d}.mp4" for i in range(len(prompts) * per_prompt)]
+    if names != "vbench":
+        raise ValueError(f"sample: --names is {names!r}, expected number or vbench.")
+    twice = sorted(prompt for prompt, count in Counter(prompts).items() if count > 1)
+    if twice:
+        raise ValueError(f"sample: the prompt {twice[0]!r} is there twice, expected once: it names the file.")
+    for prompt in prompts:
+        if "/" in prompt or "\0" in prompt or len(f"{prompt}-{per_prompt}.mp4".encode()) > MAX_NAME_BYTES:
+            raise ValueError(
+                f"sample: {prompt[:60]!r} cannot be a file name, expected at most {MAX_NAME_BYTES} bytes without '/'. "
+                "Use --names number."
+            )
+    return [f"videos/{prompt}-{k}.mp4" for prompt in prompts for k in range(per_prompt)]
+
+
+def _claim_folder(output: Path, rows: list[dict[str, Any]], resume: bool) -> None:
+    """Write what is to be made; refuse to go on with what other settings have made."""
+    listing = output / "prompts.jsonl"
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if resume and listing.is_file() and listing.read_text(encoding="utf-8") != content:
+        raise ValueError(f"sample: {output} holds videos of other prompts or settings. Choose another --output.")
+    with atomic_path(listing) as temporary:
+        temporary.write_text(content, encoding="utf-8")
 
 
 def _noise(adapter: Any, seed: int, n_frames: int | None, height: int | None, width: int | None) -> torch.Tensor:
