@@ -95,7 +95,9 @@ def sample(
         {"prompt": text, "file_name": str(file.relative_to(output)), "seed": seed + i, **settings}
         for i, (text, file) in enumerate(zip(texts, files, strict=True))
     ]
-    _claim_folder(output, rows, resume)
+    listing, content = output / "prompts.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if resume and listing.is_file() and listing.read_text(encoding="utf-8") != content:
+        raise ValueError(f"sample: {output} holds videos of other prompts or settings. Choose another --output.")
     missing = [i for i, file in enumerate(files) if not (resume and file.is_file())]
     bar = tqdm(total=len(files), initial=len(files) - len(missing), desc="sampling", unit="video", disable=None)
     with bar, torch.no_grad():
@@ -104,6 +106,11 @@ def sample(
             noise = torch.cat([_noise(adapter, seed + i, n_frames, height, width) for i in part])
             few = [texts[i] for i in part]
             frames = adapter.decode(adapter.sample(few, steps=steps, guidance_scale=guidance, noise=noise)).cpu()
+            if start == 0:  # what is to be made, before the first of it: a stopped call is resumed by it
+                for i in missing:  # of other settings, perhaps
+                    files[i].unlink(missing_ok=True)
+                with atomic_path(listing) as temporary:
+                    temporary.write_text(content, encoding="utf-8")
             for i, video in zip(part, frames, strict=True):
                 write_video(files[i], video, fps=fps or defaults.get("fps", FPS), lossless=lossless)
             bar.update(len(part))
@@ -134,16 +141,6 @@ def file_names(prompts: Sequence[str], names: str, per_prompt: int) -> list[str]
                 "Use --names number."
             )
     return [f"videos/{prompt}-{k}.mp4" for prompt in prompts for k in range(per_prompt)]
-
-
-def _claim_folder(output: Path, rows: list[dict[str, Any]], resume: bool) -> None:
-    """Write what is to be made; refuse to go on with what other settings have made."""
-    listing = output / "prompts.jsonl"
-    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if resume and listing.is_file() and listing.read_text(encoding="utf-8") != content:
-        raise ValueError(f"sample: {output} holds videos of other prompts or settings. Choose another --output.")
-    with atomic_path(listing) as temporary:
-        temporary.write_text(content, encoding="utf-8")
 
 
 def _noise(adapter: Any, seed: int, n_frames: int | None, height: int | None, width: int | None) -> torch.Tensor:
