@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -18,31 +19,65 @@ from pisces.algorithms import (
     RewardModule,
 )
 from pisces.batches import PromptBatches, VideoBatches
-from pisces.config import ConsistencyConfig, DraftConfig, FlowMatchingConfig, GrpoConfig, TrainConfig, resolve_path
-from pisces.data import VideoFolder, read_prompts
+from pisces.config import (
+    ConsistencyConfig,
+    DraftConfig,
+    FlowMatchingConfig,
+    GrpoConfig,
+    TrainConfig,
+    pipeline_path,
+    resolve_path,
+)
+from pisces.data import open_videos, read_prompts
 from pisces.encoders import load_encoder
+from pisces.latent_cache import LatentCache
 from pisces.ot_map import Alignment
+from pisces.pipelines import load_pipeline
 from pisces.pipelines.base import PipelineAdapter
-from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, standardize
+from pisces.pipelines.trainable import best_device
+from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, Standardized
 from pisces.state import step_generator
 
 # Apart from the noise of the steps, whose generators are seeded by (seed, step, part).
 REFERENCE_TAG = 0x5CA1E
 
 
-def build_batches(config: TrainConfig, adapter: PipelineAdapter) -> PromptBatches | VideoBatches:
-    """The data of ``config.data``: captioned videos if a folder is named, else prompts.
+def build_adapter(config: TrainConfig) -> PipelineAdapter:
+    """The pipeline of ``config.pipeline``, as it is on the disk."""
+    settings = config.pipeline
+    return load_pipeline(
+        pipeline_path(settings.path),
+        dtype=getattr(torch, settings.dtype),
+        vae_dtype=getattr(torch, settings.vae_dtype),
+        device=settings.device or best_device(),
+        decoding=asdict(settings.decode),
+    )
 
-    For an algorithm that looks at no videos the folder's captions are the prompts.
+
+def build_cache(config: TrainConfig, adapter: PipelineAdapter) -> LatentCache | None:
+    """The folder ``data.cache``, where the adapter now looks its prompt embeddings up; None if none is named."""
+    if config.data.cache is None:
+        return None
+    cache = LatentCache(resolve_path(config.data.cache), adapter)
+    adapter.prompt_memory.store = cache
+    return cache
+
+
+def build_batches(
+    config: TrainConfig, adapter: PipelineAdapter, cache: LatentCache | None = None
+) -> PromptBatches | VideoBatches:
+    """The data of ``config.data``: captioned videos if they are named, else prompts.
+
+    For an algorithm that looks at no videos their captions are the prompts.
     """
     size, seed = config.data.batch_size, config.seed
     if config.data.videos is None:
         return PromptBatches(read_prompts(resolve_path(str(config.data.prompts))), batch_size=size, seed=seed)
     n_frames, height, width = adapter.video_size(**video_size(config))
-    videos = VideoFolder(resolve_path(config.data.videos), n_frames=n_frames, size=height if height == width else None)
+    videos = open_videos(resolve_path(config.data.videos), n_frames=n_frames, size=(height, width))
     if not config.algorithm.needs_videos:
         return PromptBatches(videos.captions, batch_size=size, seed=seed)
-    return VideoBatches(videos, adapter, batch_size=size, seed=seed)
+    return VideoBatches(videos, adapter, batch_size=size, seed=seed, cache=cache)
 
 
 def build_rewards(
@@ -64,15 +99,27 @@ def build_rewards(
     if settings.semantic:
         parts["semantic"] = SemanticReward(encoder, transport=settings.transport)
     if settings.standardize:
-        frames, prompts = reference_batch(config, adapter, batches)
-        parts = {name: standardize(part, frames, prompts) for name, part in parts.items()}
+        parts = _standardized(parts, reference_videos(config, adapter, batches))
     return CompositeReward(parts, {name: getattr(settings, name) for name in parts})
 
 
-def reference_batch(
+@torch.no_grad()
+def _standardized(parts: dict[str, Reward], videos: Iterator[tuple[torch.Tensor, list[str]]]) -> dict[str, Reward]:
+    """The rewards, standardised over videos that come part by part: 64 of 81 x 480 x 832 would take 25 GB."""
+    rewards = CompositeReward(parts, dict.fromkeys(parts, 1.0))
+    terms = [rewards.terms(frames, prompts) for frames, prompts in videos]
+    return {
+        name: Standardized.over(part, torch.cat([values[name] for values in terms])) for name, part in parts.items()
+    }
+
+
+def reference_videos(
     config: TrainConfig, adapter: PipelineAdapter, batches: PromptBatches | VideoBatches
-) -> tuple[torch.Tensor, list[str]]:
-    """Videos of the model as it is now, for the first prompts of the data order: ``(frames, prompts)``."""
+) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    """Videos of the model as it is now, for the first prompts of the data order: ``(frames, prompts)``, by parts.
+
+    A part is sampled when it is asked for, ``data.batch_size`` videos at a time.
+    """
     wanted = config.rewards.reference_batch
     prompts: list[str] = []
     index = 0
@@ -85,14 +132,13 @@ def reference_batch(
     steps = settings.steps if isinstance(settings, DraftConfig | GrpoConfig) else adapter.defaults.get("steps", 50)
     n_frames, height, width = adapter.video_size(**video_size(config))
     generator = step_generator(config.seed, REFERENCE_TAG, 0, 0)
-    frames = []
     size = config.data.batch_size
     for start in range(0, wanted, size):
         part = prompts[start : start + size]
         latents = adapter.sample(part, steps=steps, generator=generator, n_frames=n_frames, height=height, width=width)
         with torch.no_grad():
-            frames.append(adapter.decode(latents))
-    return torch.cat(frames), prompts
+            frames = adapter.decode(latents)
+        yield frames, part
 
 
 def build_algorithm(config: TrainConfig, adapter: PipelineAdapter, rewards: RewardModule | None) -> Algorithm:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,10 +24,9 @@ from tqdm import tqdm
 from pisces.algorithms import Algorithm
 from pisces.algorithms.base import Stateful
 from pisces.batches import Batches
-from pisces.config import OptimizerConfig, TrainConfig, pipeline_path
-from pisces.pipelines import load_pipeline
+from pisces.config import OptimizerConfig, TrainConfig
 from pisces.pipelines.base import PipelineAdapter
-from pisces.pipelines.trainable import best_device, prepare
+from pisces.pipelines.trainable import prepare
 from pisces.state import (
     CheckpointError,
     latest_checkpoint,
@@ -44,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 # So many steps skipped in a row mean that something is broken, not that one batch was unlucky.
 MAX_SKIPPED_IN_A_ROW = 10
-# What a resumed run may have changed: how long and where, and how much memory the decode takes.
-FREE_SETTINGS = ("steps", "output.", "pipeline.decode.", "pipeline.gradient_checkpointing")
+# What a resumed run may have changed: how long and where, what the decode takes, where latents are kept.
+FREE_SETTINGS = ("steps", "output.", "pipeline.decode.", "pipeline.gradient_checkpointing", "data.cache")
 
 
 class TrainingError(RuntimeError):
@@ -78,6 +76,7 @@ class Trainer:
         >>> from pisces.batches import PromptBatches
         >>> from pisces.config import LoraConfig, OptimizerConfig, OutputConfig
         >>> from pisces.encoders import load_encoder
+        >>> from pisces.pipelines import load_pipeline
         >>> from pisces.rewards import CompositeReward, SemanticReward
         >>> from pisces.world import checkpoint_path
         >>> adapter = load_pipeline(checkpoint_path("wan-base"))
@@ -399,18 +398,12 @@ def build_training(config: TrainConfig) -> Trainer:
         FileNotFoundError: if a file that the settings name is not there.
         ValueError: if the settings do not fit together or the data cannot be used.
     """
-    from pisces.build import build_algorithm, build_batches, build_rewards
+    from pisces.build import build_adapter, build_algorithm, build_batches, build_cache, build_rewards
 
     config.check_inputs()
     settings = config.pipeline
-    adapter = load_pipeline(
-        pipeline_path(settings.path),
-        dtype=getattr(torch, settings.dtype),
-        vae_dtype=getattr(torch, settings.vae_dtype),
-        device=settings.device or best_device(),
-        decoding=asdict(settings.decode),
-    )
-    batches = build_batches(config, adapter)
+    adapter = build_adapter(config)
+    batches = build_batches(config, adapter, build_cache(config, adapter))
     # Before anything is trainable: the rewards' reference batch is drawn from the base model.
     rewards = build_rewards(config, adapter, batches)
     prepare(adapter, config.lora, seed=config.seed, gradient_checkpointing=settings.gradient_checkpointing)
