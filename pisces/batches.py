@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from pisces.algorithms.base import Batch
-from pisces.data import CaptionedVideos
+from pisces.data import CaptionedVideos, VideoReadError
+from pisces.latent_cache import DigestedVideos, LatentCache
 from pisces.pipelines.base import PipelineAdapter
 from pisces.state import step_generator
+
+logger = logging.getLogger(__name__)
 
 # Latents of the videos seen last are kept, at most this much in all.
 LATENT_CACHE_BYTES = 2**30
@@ -89,37 +93,83 @@ class VideoBatches:
 
     Each video is encoded by itself, so its latents do not depend on the batch in which it is first met.
 
+    A video that cannot be read gives its place, in every batch, to the next one of the data set that can: batch n
+    stays a function of n and the data. It is logged once.
+
     Args:
         videos: the data set.
         adapter: its VAE encodes them.
         batch_size: videos a batch.
         seed: seed of the order.
+        cache: where latents are looked up and kept; None keeps them in memory alone.
+
+    Raises:
+        TypeError: a cache for videos that have no digest.
     """
 
-    def __init__(self, videos: CaptionedVideos, adapter: PipelineAdapter, *, batch_size: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        videos: CaptionedVideos,
+        adapter: PipelineAdapter,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        cache: LatentCache | None = None,
+    ) -> None:
+        if cache is not None and not isinstance(videos, DigestedVideos):
+            raise TypeError(f"VideoBatches: a cache needs videos with a method digest, got a {type(videos).__name__}.")
         self.videos = videos
         self.adapter = adapter
         self.texts = list(videos.captions)
         self.indices = ShuffledIndices(len(videos), batch_size=batch_size, seed=seed)
         self.fingerprint = fingerprint(self.texts)
-        self._cache: dict[int, Tensor] = {}
+        self.cache = cache
+        self._digest = videos.digest if isinstance(videos, DigestedVideos) else None
+        self._memory: dict[int, Tensor] = {}
+        self._unreadable: dict[int, VideoReadError] = {}
 
     def __getitem__(self, index: int) -> Batch:
-        items = self.indices[index]
-        return Batch(
-            [self.texts[item] for item in items],
-            latents=torch.stack([self._latents(item) for item in items]),
-            number=index,
-        )
+        """Batch ``index``.
 
-    def _latents(self, item: int) -> Tensor:
-        if item in self._cache:
-            return self._cache[item]
-        frames, _ = self.videos[item]
-        latents = self.adapter.encode_frames(frames[None].to(self.adapter.device))[0]
-        if (len(self._cache) + 1) * latents.numel() * latents.element_size() <= LATENT_CACHE_BYTES:
-            self._cache[item] = latents
+        Raises:
+            VideoReadError: no video of the data set can be read.
+        """
+        items, latents = zip(*(self._readable(item) for item in self.indices[index]), strict=True)
+        return Batch([self.texts[item] for item in items], latents=torch.stack(latents), number=index)
+
+    def latents(self, item: int) -> Tensor:
+        """Latents [C, t, h, w] of a video by its number in the data set.
+
+        Raises:
+            VideoReadError: the video cannot be read.
+        """
+        if item in self._memory:
+            return self._memory[item]
+        if self.cache is None or self._digest is None:
+            latents = self._encode(item)
+        else:
+            latents = self.cache.latents(self._digest(item), lambda: self._encode(item))
+        if (len(self._memory) + 1) * latents.numel() * latents.element_size() <= LATENT_CACHE_BYTES:
+            self._memory[item] = latents
         return latents
+
+    def _encode(self, item: int) -> Tensor:
+        frames, _ = self.videos[item]
+        return self.adapter.encode_frames(frames[None].to(self.adapter.device))[0]
+
+    def _readable(self, item: int) -> tuple[int, Tensor]:
+        """The first of the videos ``item``, ``item + 1``, ... that can be read, and its latents."""
+        n_items = len(self.texts)
+        for candidate in ((item + k) % n_items for k in range(n_items)):
+            if candidate in self._unreadable:
+                continue
+            try:
+                return candidate, self.latents(candidate)
+            except VideoReadError as error:
+                self._unreadable[candidate] = error
+                logger.warning("%s; another takes its place (%d unreadable so far)", error, len(self._unreadable))
+        first = self._unreadable[item]
+        raise VideoReadError(first.path, f"{first.why}; none of the {n_items} videos can be read") from first
 
 
 def fingerprint(texts: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,15 @@ from pisces.config import (
     pipeline_path,
     resolve_path,
 )
-from pisces.data import VideoFolder, read_prompts
+from pisces.data import open_videos, read_prompts
 from pisces.encoders import load_encoder
+from pisces.latent_cache import LatentCache
 from pisces.ot_map import Alignment
 from pisces.pipelines import load_pipeline
 from pisces.pipelines.base import PipelineAdapter
 from pisces.pipelines.trainable import best_device, prepare
 from pisces.processes import join_processes
-from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, standardize
+from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, Standardized
 from pisces.state import step_generator
 from pisces.trainer import Trainer
 from pisces.validation import Validation
@@ -59,20 +61,13 @@ def build_training(config: TrainConfig) -> Trainer:
         ValueError: if the settings do not fit together or the data cannot be used.
     """
     config.check_inputs()
-    mine = join_processes()
-    settings = config.pipeline
-    adapter = load_pipeline(
-        pipeline_path(settings.path),
-        dtype=getattr(torch, settings.dtype),
-        vae_dtype=getattr(torch, settings.vae_dtype),
-        device=settings.device or mine or best_device(),
-        decoding=asdict(settings.decode),
-    )
-    batches = build_batches(config, adapter)
+    adapter = build_adapter(config, device=join_processes())
+    batches = build_batches(config, adapter, build_cache(config, adapter))
     # Before anything is trainable: the rewards' reference batch is drawn from the base model.
     rewards = build_rewards(config.rewards, config, adapter, batches) if config.algorithm.needs_rewards else None
     validation = build_validation(config, adapter, batches, rewards)
-    prepare(adapter, config.lora, seed=config.seed, gradient_checkpointing=settings.gradient_checkpointing)
+    checkpointing = config.pipeline.gradient_checkpointing
+    prepare(adapter, config.lora, seed=config.seed, gradient_checkpointing=checkpointing)
     algorithm = build_algorithm(config, adapter, rewards)
     return Trainer(adapter, algorithm, config, batches=batches, validation=validation)
 
@@ -95,19 +90,42 @@ def run_training(config: TrainConfig, *, resume: str | Path = "auto") -> Path:
     return build_training(config).fit(resume=resume)
 
 
-def build_batches(config: TrainConfig, adapter: PipelineAdapter) -> PromptBatches | VideoBatches:
-    """The data of ``config.data``: captioned videos if a folder is named, else prompts.
+def build_adapter(config: TrainConfig, device: torch.device | None = None) -> PipelineAdapter:
+    """The pipeline of ``config.pipeline``, as it is on the disk; ``device`` is where it goes if no setting says."""
+    settings = config.pipeline
+    return load_pipeline(
+        pipeline_path(settings.path),
+        dtype=getattr(torch, settings.dtype),
+        vae_dtype=getattr(torch, settings.vae_dtype),
+        device=settings.device or device or best_device(),
+        decoding=asdict(settings.decode),
+    )
 
-    For an algorithm that looks at no videos the folder's captions are the prompts.
+
+def build_cache(config: TrainConfig, adapter: PipelineAdapter) -> LatentCache | None:
+    """The folder ``data.cache``, where the adapter now looks its prompt embeddings up; None if none is named."""
+    if config.data.cache is None:
+        return None
+    cache = LatentCache(resolve_path(config.data.cache), adapter)
+    adapter.prompt_memory.store = cache
+    return cache
+
+
+def build_batches(
+    config: TrainConfig, adapter: PipelineAdapter, cache: LatentCache | None = None
+) -> PromptBatches | VideoBatches:
+    """The data of ``config.data``: captioned videos if they are named, else prompts.
+
+    For an algorithm that looks at no videos their captions are the prompts.
     """
     size, seed = config.data.batch_size, config.seed
     if config.data.videos is None:
         return PromptBatches(read_prompts(resolve_path(str(config.data.prompts))), batch_size=size, seed=seed)
     n_frames, height, width = adapter.video_size(**video_size(config))
-    videos = VideoFolder(resolve_path(config.data.videos), n_frames=n_frames, size=height if height == width else None)
+    videos = open_videos(resolve_path(config.data.videos), n_frames=n_frames, size=(height, width))
     if not config.algorithm.needs_videos:
         return PromptBatches(videos.captions, batch_size=size, seed=seed)
-    return VideoBatches(videos, adapter, batch_size=size, seed=seed)
+    return VideoBatches(videos, adapter, batch_size=size, seed=seed, cache=cache)
 
 
 def build_rewards(
@@ -126,8 +144,7 @@ def build_rewards(
     if settings.semantic:
         parts["semantic"] = SemanticReward(encoder, transport=settings.transport)
     if settings.standardize:
-        frames, prompts = reference_batch(settings.reference_batch, config, adapter, batches)
-        parts = {name: standardize(part, frames, prompts) for name, part in parts.items()}
+        parts = _standardized(parts, reference_videos(settings.reference_batch, config, adapter, batches))
     return CompositeReward(parts, {name: getattr(settings, name) for name in parts})
 
 
@@ -141,13 +158,10 @@ def build_validation(
     settings = config.validation
     if not settings.every:
         return None
-    prompts = (
-        first_prompts(batches, settings.n) if settings.prompts is None else read_prompts(resolve_path(settings.prompts))
-    )
     watched = None if settings.watched is None else build_rewards(settings.watched, config, adapter, batches)
     return Validation(
         adapter,
-        prompts[: settings.n],
+        validation_prompts(config, batches),
         rewards=rewards,
         watched=watched,
         every=settings.every,
@@ -156,6 +170,14 @@ def build_validation(
         size=video_size(config),
         seed=config.seed,
     )
+
+
+def validation_prompts(config: TrainConfig, batches: PromptBatches | VideoBatches) -> list[str]:
+    """What the videos of the validation are of."""
+    settings = config.validation
+    if settings.prompts is None:
+        return first_prompts(batches, settings.n)
+    return read_prompts(resolve_path(settings.prompts))[: settings.n]
 
 
 def first_prompts(batches: PromptBatches | VideoBatches, n: int) -> list[str]:
@@ -174,22 +196,34 @@ def sampler_steps(config: TrainConfig, adapter: PipelineAdapter) -> int:
     return settings.steps if isinstance(settings, DraftConfig | GrpoConfig) else adapter.defaults.get("steps", 50)
 
 
-def reference_batch(
+@torch.no_grad()
+def _standardized(parts: dict[str, Reward], videos: Iterator[tuple[torch.Tensor, list[str]]]) -> dict[str, Reward]:
+    """The rewards, standardised over videos that come part by part: 64 of 81 x 480 x 832 would take 25 GB."""
+    rewards = CompositeReward(parts, dict.fromkeys(parts, 1.0))
+    terms = [rewards.terms(frames, prompts) for frames, prompts in videos]
+    return {
+        name: Standardized.over(part, torch.cat([values[name] for values in terms])) for name, part in parts.items()
+    }
+
+
+def reference_videos(
     wanted: int, config: TrainConfig, adapter: PipelineAdapter, batches: PromptBatches | VideoBatches
-) -> tuple[torch.Tensor, list[str]]:
-    """Videos of the model as it is now, for the first prompts of the data order: ``(frames, prompts)``."""
+) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    """Videos of the model as it is now, for the first prompts of the data order: ``(frames, prompts)``, by parts.
+
+    A part is sampled when it is asked for, ``data.batch_size`` videos at a time.
+    """
     prompts = first_prompts(batches, wanted)
     steps = sampler_steps(config, adapter)
     n_frames, height, width = adapter.video_size(**video_size(config))
     generator = step_generator(config.seed, REFERENCE_TAG, 0, 0)
-    frames = []
     size = config.data.batch_size
     for start in range(0, wanted, size):
         part = prompts[start : start + size]
         latents = adapter.sample(part, steps=steps, generator=generator, n_frames=n_frames, height=height, width=width)
         with torch.no_grad():
-            frames.append(adapter.decode(latents))
-    return torch.cat(frames), prompts
+            frames = adapter.decode(latents)
+        yield frames, part
 
 
 def build_algorithm(config: TrainConfig, adapter: PipelineAdapter, rewards: RewardModule | None) -> Algorithm:

@@ -138,10 +138,35 @@ def train(
     typer.echo(f"wrote {result}")
 
 
+@app.command()
+@_reported
+def encode(
+    config: Annotated[Path, typer.Argument(help="YAML file of settings of the training run.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting; repeat as needed.")
+    ] = None,
+) -> None:
+    """Encode the videos and prompts of a training run ahead of it, into the folder data.cache.
+
+    What is there is skipped, so a run that was stopped goes on where it was; training with the same settings then opens
+    no video and calls no text encoder. A video that cannot be read is named, counted and skipped, as in training; the
+    exit code is then 1.
+
+    Examples:
+
+      pisces encode examples/one_step.yaml --set data.cache=runs/cache
+    """
+    from pisces.commands.encode import encode as run
+    from pisces.config import load_config
+
+    if run(load_config(config, settings or [])):
+        raise typer.Exit(1)
+
+
 @app.command("fit-ot-map")
 @_reported
 def fit_ot_map(
-    videos: Annotated[Path, typer.Option(help="Folder of real videos with captions.")],
+    videos: Annotated[Path, typer.Option(help="Folder or WebDataset shards of real videos with captions.")],
     output: Annotated[Path, typer.Option(help="The alignment to write, NAME.safetensors.")],
     encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
     kind: Annotated[
@@ -189,7 +214,9 @@ def fit_ot_map(
 @_reported
 def score(
     video: Annotated[list[Path] | None, typer.Option(help="A video file; repeat for more.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Folder of videos; its captions are the prompts.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder or shards of videos; their captions are the prompts.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="The text; with --folder it replaces the captions.")] = None,
     encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
     ot_map: Annotated[Path | None, typer.Option(help="Alignment that fit-ot-map wrote.")] = None,

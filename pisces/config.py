@@ -23,6 +23,7 @@ from pisces.algorithms.settings import (
     OneStepConfig,
     need,
 )
+from pisces.data import find_videos
 from pisces.decode.decoding import MEMORY
 from pisces.decode.replay import SWEEPS
 from pisces.pipelines.files import find_pipeline
@@ -120,13 +121,16 @@ class DataConfig:
 
     Attributes:
         prompts: a .txt, .jsonl or .csv file of prompts; enough for the algorithm ``draft``.
-        videos: a folder of captioned videos; needed by ``one_step``, ``consistency`` and ``flow_matching``.
+        videos: a folder of captioned videos, or WebDataset shards (a .tar, a brace pattern, a folder of .tar files);
+            needed by ``one_step``, ``consistency`` and ``flow_matching``.
         batch_size: samples of one forward pass.
+        cache: a folder where latents and prompt embeddings are kept from run to run; None keeps them in memory.
     """
 
     prompts: str | None = None
     videos: str | None = None
     batch_size: int = 1  # PISCES: 1 a GPU
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         need(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
@@ -341,12 +345,16 @@ class TrainConfig:
         """
         if self.algorithm.needs_videos and not self.data.videos:
             raise ValueError(f"data.videos: the algorithm {self.algorithm.name} needs a folder of captioned videos.")
+        if self.data.videos:
+            try:
+                find_videos(resolve_path(self.data.videos))
+            except (FileNotFoundError, ValueError) as error:
+                raise type(error)(f"data.videos: {error}") from error
         if not self.data.videos and not self.data.prompts:
             raise ValueError("data: got neither prompts nor videos, expected one of the two.")
         named = {
             "pipeline.path": self.pipeline.path,
             "data.prompts": self.data.prompts,
-            "data.videos": self.data.videos,
             "validation.prompts": self.validation.prompts,
         }
         rewarded = {"rewards": self.rewards} if self.algorithm.needs_rewards else {}

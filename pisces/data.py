@@ -1,23 +1,27 @@
-"""Captioned videos and prompts from files.
+"""Captioned videos: a folder of files, or the shards of `pisces.shards`.
 
-A folder of captioned videos is the input of every command. `pisces.video` reads and writes the single file; its
-public names are here too, so that `from pisces.data import ...` is all that a user needs.
+They are the input of every command; `open_videos` says which of the two a path is. `pisces.video` reads and writes the
+single file, `pisces.captions` reads texts; their public names are here too, so that `from pisces.data import ...` is
+all that a user needs.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pisces.captions import json_lines, read_prompts, read_text
+from pisces.shards import VideoShards, digest_of, find_shards
 from pisces.video import (
+    VIDEO_SUFFIXES,
+    Size,
     VideoReadError,
     atomic_path,
     check_frames,
@@ -31,8 +35,12 @@ __all__ = [
     "CaptionedVideos",
     "VideoFolder",
     "VideoReadError",
+    "VideoShards",
     "atomic_path",
     "check_frames",
+    "find_videos",
+    "is_video_folder",
+    "open_videos",
     "read_prompts",
     "read_video",
     "uniform_indices",
@@ -41,12 +49,9 @@ __all__ = [
     "write_video",
 ]
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
-PROMPT_KEYS = ("prompt", "text", "caption")
-
 
 class CaptionedVideos(Protocol):
-    """What training and fitting use of a `VideoFolder`; any object with these will do."""
+    """What training and fitting use of a `VideoFolder` or `VideoShards`; any object with these will do."""
 
     captions: list[str]
 
@@ -83,7 +88,7 @@ class VideoFolder(torch.utils.data.Dataset[tuple[Tensor, str]]):
         (torch.Size([8, 3, 32, 32]), 'noise')
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, n_frames: int | None = None, size: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, n_frames: int | None = None, size: Size | None = None) -> None:
         self.path = Path(path)
         self.n_frames = n_frames
         self.size = size
@@ -100,11 +105,73 @@ class VideoFolder(torch.utils.data.Dataset[tuple[Tensor, str]]):
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         return read_video(self.files[index], n_frames=self.n_frames, size=self.size), self.captions[index]
 
+    def digest(self, index: int) -> str:
+        """Of what the frames of a video depend on: its bytes, `n_frames` and `size`, whatever it is called.
+
+        Raises:
+            VideoReadError: the file cannot be read.
+        """
+        file = self.files[index]
+        try:
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256")
+        except OSError as error:
+            raise VideoReadError(file, error.strerror or str(error)) from error
+        return digest_of(content.digest(), self.n_frames, self.size)
+
+
+def open_videos(
+    path: str | os.PathLike[str], *, n_frames: int | None = None, size: Size | None = None
+) -> VideoFolder | VideoShards:
+    """Open captioned videos: a folder of files, or WebDataset shards.
+
+    Args:
+        path: a folder for `VideoFolder`; a .tar file, a brace pattern such as `shards/{000000..000011}.tar`, or a
+            folder that holds .tar files and no videos, for `VideoShards`.
+        n_frames: as in `read_video`.
+        size: as in `read_video`.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name, or something that it names is missing.
+        ValueError: captions or shards are damaged or incomplete.
+
+    Example:
+        >>> _ = write_video("/tmp/pisces-folder/a.mp4", torch.rand(9, 3, 32, 32))
+        >>> _ = write_metadata("/tmp/pisces-folder", [{"file_name": "a.mp4", "text": "noise"}])
+        >>> len(open_videos("/tmp/pisces-folder", size=(16, 24)))
+        1
+    """
+    kind = VideoFolder if is_video_folder(Path(path)) else VideoShards
+    return kind(path, n_frames=n_frames, size=size)
+
+
+def find_videos(path: str | os.PathLike[str]) -> None:
+    """Check that what `open_videos` would open is there, without reading it.
+
+    Raises:
+        FileNotFoundError: naming the folder or shard that is missing.
+        ValueError: a pattern whose braces do not match.
+    """
+    if not is_video_folder(Path(path)):
+        find_shards(path)
+    elif not Path(path).is_dir():
+        raise FileNotFoundError(f"no such file or directory: {path}")
+
+
+def is_video_folder(path: Path) -> bool:
+    """Whether `open_videos` takes a path for a folder of files: it is no shard, no pattern, and no folder of shards."""
+    if not path.is_dir():
+        return path.suffix.lower() != ".tar" and "{" not in str(path) and not path.is_file()
+    names = [entry.name.lower() for entry in os.scandir(path)]
+    # An archive beside the videos that came out of it makes no shard of them.
+    videos = "metadata.jsonl" in names or any(name.endswith(VIDEO_SUFFIXES) for name in names)
+    return videos or not any(name.endswith(".tar") for name in names)
+
 
 def _rows_from_metadata(listing: Path) -> list[dict[str, Any]]:
     rows = []
     folder = listing.parent.resolve()
-    for where, row in _json_lines(listing):
+    for where, row in json_lines(listing):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise ValueError(f'{where}: expected {{"file_name": ..., "text": ...}}.')
         if not isinstance(row.get("text"), str) or not row["text"].strip():
@@ -132,7 +199,7 @@ def _rows_from_pairs(folder: Path) -> list[dict[str, Any]]:
         caption = video.with_suffix(".txt")
         if not caption.is_file():
             raise FileNotFoundError(f"VideoFolder: {str(video)!r} has no caption file {caption.name!r}.")
-        text = " ".join(_read_text(caption).split())
+        text = " ".join(read_text(caption).split())
         if not text:
             raise ValueError(f"VideoFolder: the caption file {str(caption)!r} is empty.")
         rows.append({"file_name": video.name, "text": text})
@@ -153,75 +220,3 @@ def write_metadata(folder: str | os.PathLike[str], rows: Iterable[dict[str, Any]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """Read prompts from a file: .txt (one a line, blank lines ignored), .jsonl or .csv.
-
-    A .jsonl line is a string or an object, a .csv has a header; the prompt is under `prompt`, `text` or `caption`,
-    the first of them that is there.
-
-    Args:
-        path: the file, UTF-8.
-
-    Returns:
-        The prompts in order, stripped, none empty.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another suffix, a broken line, an empty prompt in a .jsonl or .csv, or no prompt at all.
-
-    Example:
-        >>> _ = Path("/tmp/pisces-prompts.txt").write_text("a red square moves left\\n")
-        >>> read_prompts("/tmp/pisces-prompts.txt")
-        ['a red square moves left']
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"read_prompts: no file {str(path)!r}.")
-    suffix = path.suffix.lower()
-    if suffix == ".txt":
-        found = [(str(path), line) for line in _read_text(path).splitlines() if line.strip()]
-    elif suffix == ".jsonl":
-        found = [(where, _prompt_of(where, row)) for where, row in _json_lines(path)]
-    elif suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(_read_text(path)))
-        found = [(f"{path}, line {reader.line_num}", _prompt_of(f"{path}", row)) for row in reader]
-    else:
-        raise ValueError(f"read_prompts: {str(path)!r} ends in {suffix!r}, expected .txt, .jsonl or .csv.")
-    for where, prompt in found:
-        if not prompt.strip():
-            raise ValueError(f"{where}: the prompt is empty.")
-    if not found:
-        raise ValueError(f"read_prompts: {str(path)!r} holds no prompt.")
-    return [prompt.strip() for _, prompt in found]
-
-
-def _prompt_of(where: str, row: Any) -> str:
-    if isinstance(row, str):
-        return row
-    if isinstance(row, dict):
-        for key in PROMPT_KEYS:
-            if key in row:
-                return str(row[key] or "")
-        keys = ", ".join(repr(str(key)) for key in row)
-        raise ValueError(f"{where}: found {keys}, expected one of {', '.join(map(repr, PROMPT_KEYS))}.")
-    raise ValueError(f"{where}: expected a string or an object with one of {', '.join(map(repr, PROMPT_KEYS))}.")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: it is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) for each line of a .jsonl file that is not blank."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error.msg}).") from error

@@ -45,8 +45,15 @@ logger = logging.getLogger(__name__)
 
 # So many steps skipped in a row mean that something is broken, not that one batch was unlucky.
 MAX_SKIPPED_IN_A_ROW = 10
-# What a resumed run may have changed: how long and where, what is looked at, how much memory the decode takes.
-FREE_SETTINGS = ("steps", "output.", "validation.", "pipeline.decode.", "pipeline.gradient_checkpointing")
+# What a resumed run may have changed: how long and where, what is looked at, what is remembered where, memory.
+FREE_SETTINGS = (
+    "steps",
+    "output.",
+    "validation.",
+    "data.cache",
+    "pipeline.decode.",
+    "pipeline.gradient_checkpointing",
+)
 
 
 class TrainingError(RuntimeError):

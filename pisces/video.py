@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,15 @@ import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 _VIEWING_SIDE = 256  # smallest long side of a video written for viewing, in pixels
 _CACHE_BYTES = 256 * 2**20  # decoded pictures kept while the sampling times are not known yet
 _THREADED_PIXELS = 320 * 240  # below this the start of decoder threads costs more than it saves
 _ITU601 = 5  # FFmpeg's number of the colour matrix that is used in both directions
 _SUBTITLE_LIKE = ("tty", "ansi")  # formats in which FFmpeg renders a text file as a video
+
+Size = int | tuple[int, int]
+"""Pixels of a picture: the side of a square, or (height, width)."""
 
 
 class VideoReadError(ValueError):
@@ -108,51 +113,70 @@ def uniform_indices(times: np.ndarray, end: int, n_frames: int) -> np.ndarray:
     return np.clip(index, 0, len(times) - 1)
 
 
-def read_video(path: str | os.PathLike[str], *, n_frames: int | None = None, size: int | None = None) -> Tensor:
-    """Read a video file as a tensor.
+@dataclass(frozen=True)
+class _Source:
+    """A video's name, and its bytes unless they are in the file of that name."""
+
+    path: Path
+    content: bytes | None = None
+
+
+def read_video(
+    source: str | os.PathLike[str] | bytes,
+    *,
+    n_frames: int | None = None,
+    size: Size | None = None,
+    name: str | os.PathLike[str] = "bytes",
+) -> Tensor:
+    """Read a video as a tensor.
 
     Pictures are sampled uniformly in playing time (`uniform_indices`), so a variable frame rate is honoured. A file
     whose presentation times are missing or repeated is sampled by picture number instead. A rotation that a camera
     noted in the file is applied.
 
     Args:
-        path: any video that FFmpeg decodes; only the first video track is read, and only local files.
+        source: path, or content, of any video that FFmpeg decodes; only the first video track is read, and only local
+            files.
         n_frames: pictures to sample; pictures repeat where the video has fewer. None reads them all.
-        size: output height and width: the short side is resized to it (bilinear, antialiased), then the centre is
-            cropped. None keeps the file's size.
+        size: output (height, width), one number for a square: the video is resized to just cover it (bilinear,
+            antialiased), then the centre is cropped. None keeps the video's size.
+        name: what errors call a video that is given by its content.
 
     Returns:
         frames [T, 3, H, W] float32 in [0, 1].
 
     Raises:
         VideoReadError: the file is missing, not a video, damaged or cut off.
-        ValueError: `n_frames` or `size` is below 1.
+        ValueError: `n_frames` or a side of `size` is below 1.
 
     Example:
         >>> _ = write_video("/tmp/pisces-example.mp4", torch.rand(9, 3, 32, 32))
-        >>> read_video("/tmp/pisces-example.mp4", n_frames=4, size=16).shape
-        torch.Size([4, 3, 16, 16])
+        >>> read_video("/tmp/pisces-example.mp4", n_frames=4, size=(16, 24)).shape
+        torch.Size([4, 3, 16, 24])
     """
-    for name, value in (("n_frames", n_frames), ("size", size)):
-        if value is not None and value < 1:
-            raise ValueError(f"read_video: {name} is {value}, expected at least 1 or None.")
-    path = Path(path)
-    if not path.is_file():
+    if n_frames is not None and n_frames < 1:
+        raise ValueError(f"read_video: n_frames is {n_frames}, expected at least 1 or None.")
+    target = (size, size) if isinstance(size, int) else size
+    if target is not None and min(target) < 1:
+        raise ValueError(f"read_video: size is {size}, expected at least 1 pixel a side or None.")
+    video = _Source(Path(name), source) if isinstance(source, bytes) else _Source(Path(source))
+    path = video.path
+    if video.content is None and not path.is_file():
         raise VideoReadError(path, "it is a folder, not a file" if path.is_dir() else "no such file")
 
     reformatter = VideoReformatter()
 
     def to_tensor(frame: Any) -> Tensor:
-        return _to_tensor(frame, size, reformatter)
+        return _to_tensor(frame, target, reformatter)
 
     if n_frames is None:
-        pictures = [to_tensor(frame) for frame, _ in _decode(path)]
+        pictures = [to_tensor(frame) for frame, _ in _decode(video)]
     else:
-        times, end, cache = _times(path)
+        times, end, cache = _times(video)
         index = uniform_indices(times, end, n_frames)
         wanted = set(index.tolist())
-        source = cache if cache is not None else (frame for frame, _ in _decode(path))
-        chosen = {i: to_tensor(frame) for i, frame in enumerate(source) if i in wanted}
+        frames = cache if cache is not None else (frame for frame, _ in _decode(video))
+        chosen = {i: to_tensor(frame) for i, frame in enumerate(frames) if i in wanted}
         pictures = [chosen[i] for i in index.tolist()]
 
     shapes = {tuple(picture.shape) for picture in pictures}
@@ -162,13 +186,13 @@ def read_video(path: str | os.PathLike[str], *, n_frames: int | None = None, siz
     return torch.stack(pictures)
 
 
-def _times(path: Path) -> tuple[np.ndarray, int, list[Any] | None]:
+def _times(video: _Source) -> tuple[np.ndarray, int, list[Any] | None]:
     """Return when each picture appears, when the last one ends, and the pictures themselves where they are few."""
     times: list[int | None] = []
     last_duration = 0
     cache: list[Any] | None = []
     cached_bytes = 0
-    for frame, duration in _decode(path):
+    for frame, duration in _decode(video):
         times.append(frame.pts)
         last_duration = duration
         if cache is not None:
@@ -184,13 +208,15 @@ def _times(path: Path) -> tuple[np.ndarray, int, list[Any] | None]:
     return np.asarray(ticks, dtype=np.int64), ticks[-1] + last_duration, cache
 
 
-def _decode(path: Path) -> Iterator[tuple[Any, int]]:
+def _decode(video: _Source) -> Iterator[tuple[Any, int]]:
     """Yield (picture, its duration in ticks) in order of presentation; raise VideoReadError unless all can be had."""
-    n_decoded = 0
+    path, n_decoded = video.path, 0
     try:
         # The whitelist keeps playlists from fetching over a network; "file:" keeps FFmpeg from taking a colon in
-        # the name for a protocol.
-        container = av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        # the name for a protocol. Content needs no protocol at all: a playlist in a shard opens no file either.
+        source = f"file:{path}" if video.content is None else io.BytesIO(video.content)
+        options = {"protocol_whitelist": "file" if video.content is None else "none"}
+        container = av.open(source, options=options, metadata_errors="replace")
         with container:
             if container.format.name in _SUBTITLE_LIKE:
                 raise VideoReadError(path, "it is a text file")
@@ -253,7 +279,7 @@ def _announced_seconds(container: Any, stream: Any) -> float | None:
         return None
 
 
-def _to_tensor(frame: Any, size: int | None, reformatter: VideoReformatter) -> Tensor:
+def _to_tensor(frame: Any, size: tuple[int, int] | None, reformatter: VideoReformatter) -> Tensor:
     """Convert one decoded picture to [3, H, W] float32 in [0, 1], upright, resized and cropped."""
     # One thread: swscale's threads cost 3 ms a picture to start, a hundred times the conversion of a small one.
     rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
@@ -264,12 +290,15 @@ def _to_tensor(frame: Any, size: int | None, reformatter: VideoReformatter) -> T
     if size is None:
         return picture.contiguous()
     height, width = picture.shape[-2:]
-    short = min(height, width)
-    new = (max(size, round(height * size / short)), max(size, round(width * size / short)))
+    # One side gets its size exactly, the other at least: in whole numbers, so that no rounding leaves a row short.
+    if size[0] * width >= size[1] * height:
+        new = size[0], max(size[1], round(width * size[0] / height))
+    else:
+        new = max(size[0], round(height * size[1] / width)), size[1]
     if new != (height, width):
         picture = F.interpolate(picture[None], new, mode="bilinear", antialias=True, align_corners=False)[0]
-    top, left = (new[0] - size) // 2, (new[1] - size) // 2
-    return picture[:, top : top + size, left : left + size].clamp(0.0, 1.0).contiguous()
+    top, left = (new[0] - size[0]) // 2, (new[1] - size[1]) // 2
+    return picture[:, top : top + size[0], left : left + size[1]].clamp(0.0, 1.0).contiguous()
 
 
 def check_frames(who: str, frames: Tensor, dims: str = "T, 3, H, W") -> Tensor:

@@ -135,6 +135,14 @@ def test_missing_files_are_named(tmp_path: Path, files: dict[str, Any]) -> None:
     for key in ("pipeline.path", "data.prompts", "rewards.encoder", "rewards.ot_map"):
         with pytest.raises(FileNotFoundError, match=f"{re.escape(key)}: no such file or directory: .*gone"):
             load_config(path, [f"{key}={tmp_path}/gone"])
+    for name, missing in (("gone", "gone"), ("{0..3}.tar", "0.tar"), ("gone.tar", "gone.tar")):
+        with pytest.raises(FileNotFoundError, match=rf"data\.videos: .*{re.escape(missing)}"):
+            load_config(path, ["data.prompts=null", f"data.videos='{tmp_path}/{name}'"])
+    for n in range(3):
+        (tmp_path / f"{n}.tar").touch()
+    load_config(path, ["data.prompts=null", f"data.videos='{tmp_path}/{{0..2}}.tar'"])
+    with pytest.raises(ValueError, match=r"data\.videos: .*braces"):
+        load_config(path, ["data.prompts=null", f"data.videos='{tmp_path}/{{0..'"])
     # An algorithm without rewards does not look at them.
     overrides = ["algorithm={name: flow_matching}", "data.prompts=null", f"data.videos={tmp_path}"]
     load_config(path, [*overrides, f"rewards.encoder={tmp_path}/gone"])

@@ -199,6 +199,10 @@ def test_standardized_has_mean_0_and_std_1_on_its_reference(seed: int) -> None:
     torch.testing.assert_close(values.std(), torch.tensor(1.0), atol=1e-3, rtol=0)
     torch.testing.assert_close(values * scaled.std + scaled.mean, reward(frames, prompts))
     assert not scaled.mean.requires_grad
+    parts = [reward(frames[i : i + 4], prompts[i : i + 4]).detach() for i in (0, 4, 8)]
+    again = Standardized.over(reward, torch.cat(parts))
+    assert torch.equal(again.mean, scaled.mean)
+    assert torch.equal(again.std, scaled.std)
 
 
 def test_standardizing_what_has_no_spread_is_refused() -> None:
@@ -210,6 +214,9 @@ def test_standardizing_what_has_no_spread_is_refused() -> None:
         standardize(reward, frames.expand(3, -1, -1, -1, -1), prompts * 3)
     with pytest.raises(ValueError, match="batch_size"):
         standardize(reward, frames.expand(3, -1, -1, -1, -1), prompts * 3, batch_size=0)
+    for values, message in ((torch.ones(1), "rewards of 1 videos"), (torch.ones(3), "expected a spread")):
+        with pytest.raises(ValueError, match=message):
+            Standardized.over(reward, values)
     for std in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="positive"):
             Standardized(reward, 0.0, std)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,14 @@ import yaml
 from diffusers import DiffusionPipeline
 from tiny_wan import PROMPTS, WORDS, build_tiny_wan
 
-from pisces.build import build_batches, build_training, reference_batch, run_training
+from pisces.build import build_batches, build_training, reference_videos, run_training
 from pisces.config import TrainConfig, load_config
-from pisces.data import VideoReadError, write_metadata, write_video
+from pisces.data import VideoReadError, video_bytes, write_metadata, write_video
 from pisces.encoders import TinyEncoder, TinyEncoderConfig
 from pisces.ot_map import Alignment, fit_alignment
 from pisces.pipelines import load_pipeline
+from pisces.pipelines.base import PipelineAdapter
+from pisces.rewards import standardize
 from pisces.state import latest_checkpoint, load_checkpoint
 
 
@@ -89,17 +95,42 @@ def test_rewards_of_the_base_are_standardized(world: Path, tmp_path: Path) -> No
     config = settings(world, tmp_path)
     rewards: Any = build_training(config).algorithm.rewards  # type: ignore[attr-defined]
     adapter = load_pipeline(world / "wan")
-    frames, prompts = reference_batch(4, config, adapter, build_batches(config, adapter))
-    assert len(frames) == len(prompts) == 4
+    parts = list(reference_videos(4, config, adapter, build_batches(config, adapter)))
+    assert [len(part) for _, part in parts] == [2, 2]  # data.batch_size at a time
+    frames, prompts = torch.cat([part for part, _ in parts]), [prompt for _, part in parts for prompt in part]
     for values in rewards.terms(frames, prompts).values():
         assert float(values.mean()) == pytest.approx(0.0, abs=1e-3)
         assert float(values.std()) == pytest.approx(1.0, abs=1e-3)
+    # The same bits as where all videos are there at once.
+    for part in rewards.rewards.values():
+        whole = standardize(part.reward, frames, prompts, batch_size=2)
+        assert torch.equal(part.mean, whole.mean)
+        assert torch.equal(part.std, whole.std)
     raw: Any = build_training(
         settings(world, tmp_path, rewards={"encoder": str(world / "encoder"), "standardize": False, "quality": 0})
     ).algorithm.rewards  # type: ignore[attr-defined]
     terms = raw.terms(frames, prompts)
     assert set(terms) == {"semantic"}
     assert float(terms["semantic"].std()) != pytest.approx(1.0, abs=1e-2)
+
+
+def test_one_part_of_the_reference_is_held_at_a_time(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, made, held = PipelineAdapter.decode, [], []
+
+    def watched(adapter: PipelineAdapter, latents: torch.Tensor) -> torch.Tensor:
+        gc.collect()
+        held.append(sum(video() is not None for video in made))
+        frames = decode(adapter, latents)
+        made.append(weakref.ref(frames))
+        return frames
+
+    monkeypatch.setattr(PipelineAdapter, "decode", watched)
+    rewards = {"encoder": str(world / "encoder"), "reference_batch": 9}
+    build_training(settings(world, tmp_path, rewards=rewards))
+    assert len(made) == 5
+    assert max(held) <= 1  # the part before, until its place is taken
 
 
 def test_the_alignment_of_the_file_is_used(world: Path, tmp_path: Path) -> None:
@@ -121,6 +152,27 @@ def test_bad_videos_and_prompts_are_named(world: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n \n")
     with pytest.raises(ValueError, match=r"prompts\.txt"):
         run_training(settings(world, tmp_path, data={"prompts": str(tmp_path / "prompts.txt")}))
+
+
+def test_videos_of_shards_and_of_another_size_are_trained_on(world: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for n, prompt in enumerate(PROMPTS):
+            video = video_bytes(torch.rand(12, 3, 40, 56, generator=generator))
+            for name, content in ((f"{n}.mp4", video), (f"{n}.json", json.dumps({"caption": prompt}).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                shard.addfile(info, io.BytesIO(content))
+    pipeline = {"path": str(world / "wan"), "height": 16, "width": 32}
+    data = {"videos": str(tmp_path / "{0..0}.tar"), "batch_size": 2}
+    sections = {"pipeline": pipeline, "data": data, "algorithm": {"name": "flow_matching"}}
+    trainer = build_training(settings(world, tmp_path / "out", **sections))
+    batch = trainer.batches[0]
+    assert batch.latents is not None
+    assert batch.latents.shape == (2, *trainer.adapter.latent_shape(height=16, width=32))
+    assert set(batch.prompts) <= set(PROMPTS)
+    trainer.fit()
+    assert trainer.step == 2
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(

@@ -23,6 +23,7 @@ from toy_rewards import ColorReward
 from pisces.algorithms import Batch, Consistency, Draft, FlowMatching, FrozenBase, OneStep
 from pisces.batches import PromptBatches, ShuffledIndices, VideoBatches
 from pisces.config import (
+    DataConfig,
     DecodeConfig,
     DraftConfig,
     LoraConfig,
@@ -207,7 +208,9 @@ def test_a_checkpoint_of_another_run_is_refused(wan_dir: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="lora"):
         make(wan_dir, settings(tmp_path, lora=LORA)).fit()
     less_memory = dataclasses.replace(settings(tmp_path), pipeline=PipelineConfig(decode=DecodeConfig(chunk=2)))
-    make(wan_dir, less_memory).load(latest_checkpoint(tmp_path / "checkpoints"))  # type: ignore[arg-type]
+    elsewhere = dataclasses.replace(settings(tmp_path), data=DataConfig(cache=str(tmp_path / "cache")))
+    for free in (less_memory, elsewhere):
+        make(wan_dir, free).load(latest_checkpoint(tmp_path / "checkpoints"))  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="other prompts or captions"):
         make(wan_dir, settings(tmp_path), prompts=PROMPTS[:3]).fit()
     weights = latest_checkpoint(tmp_path / "checkpoints") / "weights.safetensors"  # type: ignore[operator]

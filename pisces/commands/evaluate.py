@@ -18,11 +18,12 @@ from tqdm import tqdm
 from pisces.bootstrap import Interval, difference_interval, mean_interval
 from pisces.commands.score import folder_items
 from pisces.config import resolve_path
-from pisces.data import VideoReadError, atomic_path, read_video
+from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder
 from pisces.measures import measure
 from pisces.ot_map import Alignment
 from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport
+from pisces.shards import read_item
 from pisces.world.judge import judge
 from pisces.world.scene import FRAMES, SIZE, parse_caption
 
@@ -145,7 +146,7 @@ def _evaluate_folder(folder: Path, prompt: str | None, rewards: CompositeReward)
     judged: list[dict[str, float]] = []
     for path, text in tqdm(items, desc=folder.name, unit="video", disable=None):
         try:
-            frames = read_video(path)[None]
+            frames = read_item(path)[None]
         except VideoReadError as error:
             found.unreadable.append({"file": str(path), "why": error.why})
             continue

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pisces.config import resolve_path
-from pisces.data import VideoFolder, VideoReadError
+from pisces.data import VideoFolder, VideoReadError, VideoShards, open_videos
 from pisces.encoders import VideoTextEncoder, load_encoder
 from pisces.ot_map import Alignment, Kind, alignment_metrics, fit_alignment
 
@@ -36,10 +36,10 @@ def fit_ot_map(
     seed: int,
     held_out: float,
 ) -> dict[str, dict[str, float]]:
-    """Embed a captioned folder, fit an alignment on one part, measure it on the other, write it.
+    """Embed captioned videos, fit an alignment on one part, measure it on the other, write it.
 
     Args:
-        videos: a captioned folder.
+        videos: a captioned folder, or shards.
         output: .safetensors file to write.
         encoder: directory of an encoder, or "packaged".
         kind: kind of alignment.
@@ -62,7 +62,7 @@ def fit_ot_map(
     if not 0 < held_out < 1:
         raise ValueError(f"fit-ot-map: --held-out is {held_out}, expected a share between 0 and 1.")
     model = load_encoder(resolve_path(encoder))
-    text, video, captions = embed(VideoFolder(videos, n_frames=model.n_frames, size=model.size), model)
+    text, video, captions = embed(open_videos(videos, n_frames=model.n_frames, size=model.size), model)
     n_test = round(held_out * len(captions))
     if n_test < MIN_HELD_OUT or len(captions) - n_test < 2:
         raise ValueError(
@@ -101,7 +101,7 @@ def fit_ot_map(
 
 
 @torch.no_grad()
-def embed(videos: VideoFolder, model: VideoTextEncoder) -> tuple[Tensor, Tensor, list[str]]:
+def embed(videos: VideoFolder | VideoShards, model: VideoTextEncoder) -> tuple[Tensor, Tensor, list[str]]:
     """Embed every readable video with its caption; unreadable ones are named on stderr and left out.
 
     Returns:

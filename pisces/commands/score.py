@@ -16,10 +16,12 @@ from rich.text import Text
 from tqdm import tqdm
 
 from pisces.config import resolve_path
-from pisces.data import VIDEO_SUFFIXES, VideoFolder, VideoReadError, atomic_path, read_video
+from pisces.data import VideoReadError, atomic_path, is_video_folder, open_videos
 from pisces.encoders import load_encoder
 from pisces.ot_map import Alignment
 from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport
+from pisces.shards import Member, read_item
+from pisces.video import VIDEO_SUFFIXES
 
 BATCH_SIZE = 16
 
@@ -39,7 +41,7 @@ class Scores:
 
 
 def score(
-    items: Sequence[tuple[Path, str]],
+    items: Sequence[tuple[Path | Member, str]],
     *,
     encoder: str,
     ot_map: Path | None,
@@ -50,7 +52,7 @@ def score(
     """Score videos, print the table, write the files.
 
     Args:
-        items: (video file, prompt) pairs.
+        items: (video file or member of a shard, prompt) pairs.
         encoder: directory of an encoder, or "packaged".
         ot_map: alignment file; None compares the embeddings as they are.
         vanilla: leave the cross-attention as it is, without partial transport.
@@ -89,18 +91,16 @@ def score(
     return scores
 
 
-def folder_items(folder: Path, prompt: str | None) -> list[tuple[Path, str]]:
-    """Videos of a folder with their captions, or all with one prompt.
+def folder_items(folder: Path, prompt: str | None) -> list[tuple[Path | Member, str]]:
+    """Videos of a folder or of shards with their captions, or all with one prompt.
 
     Raises:
-        FileNotFoundError: no such folder, or a caption is missing.
-        ValueError: no video, or a bad caption file.
+        FileNotFoundError: no such folder or shard, or a caption is missing.
+        ValueError: no video, a bad caption file, or a damaged shard.
     """
-    if prompt is None:
-        videos = VideoFolder(folder)
-        return list(zip(videos.files, videos.captions, strict=True))
-    if not folder.is_dir():
-        raise FileNotFoundError(f"score: no folder {str(folder)!r}.")
+    if prompt is None or not folder.is_dir() or not is_video_folder(folder):
+        videos = open_videos(folder)
+        return [(file, prompt or caption) for file, caption in zip(videos.files, videos.captions, strict=True)]
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
     if not files:
         raise ValueError(f"score: {str(folder)!r} holds no video ({', '.join(VIDEO_SUFFIXES)}).")
@@ -108,26 +108,26 @@ def folder_items(folder: Path, prompt: str | None) -> list[tuple[Path, str]]:
 
 
 @torch.no_grad()
-def _score(rewards: CompositeReward, items: Sequence[tuple[Path, str]], n_frames: int, size: int) -> Scores:
+def _score(rewards: CompositeReward, items: Sequence[tuple[Path | Member, str]], n_frames: int, size: int) -> Scores:
     scores = Scores([], [])
-    batch: list[tuple[Path, str, torch.Tensor]] = []
+    batch: list[tuple[Path | Member, str, torch.Tensor]] = []
 
     def flush() -> None:
         if batch:
             terms = rewards.terms(torch.stack([frames for _, _, frames in batch]), [prompt for _, prompt, _ in batch])
-            for i, (path, prompt, _) in enumerate(batch):
+            for i, (file, prompt, _) in enumerate(batch):
                 quality, semantic = terms["quality"][i].item(), terms["semantic"][i].item()
                 match = terms["semantic"][i].exp().item()
-                row = {"file": str(path), "prompt": prompt, "quality": quality, "semantic": semantic, "match": match}
+                row = {"file": str(file), "prompt": prompt, "quality": quality, "semantic": semantic, "match": match}
                 scores.rows.append(row)
             batch.clear()
 
     # disable=None: no bar where stderr is no terminal
-    for path, prompt in tqdm(items, desc="scoring", unit="video", disable=None if len(items) > BATCH_SIZE else True):
+    for file, prompt in tqdm(items, desc="scoring", unit="video", disable=None if len(items) > BATCH_SIZE else True):
         try:
-            batch.append((path, prompt, read_video(path, n_frames=n_frames, size=size)))
+            batch.append((file, prompt, read_item(file, n_frames=n_frames, size=size)))
         except VideoReadError as error:
-            scores.unreadable.append({"file": str(path), "why": error.why})
+            scores.unreadable.append({"file": str(file), "why": error.why})
         if len(batch) == BATCH_SIZE:
             flush()
     flush()

@@ -6,7 +6,6 @@ import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -25,12 +24,10 @@ from pisces.pipelines.files import (
     whole_dir,
     write_defaults,
 )
+from pisces.pipelines.prompt_memory import PromptMemory
 
 PromptEmbeds = dict[str, Tensor]
 """What the denoiser is told about B prompts: tensors [B, ...] by the names of its arguments."""
-
-# Embeddings of the prompts seen last; at Wan's 512 x 4096 float32 (8 MiB each) this keeps memory at 8 GiB at most.
-PROMPT_CACHE_SIZE = 1024
 
 
 class PipelineAdapter(ABC):
@@ -71,7 +68,7 @@ class PipelineAdapter(ABC):
         self.pipe = pipe
         self.defaults = defaults
         self.decoding = dict(decoding or {})
-        self._prompt_cache: OrderedDict[str, PromptEmbeds] = OrderedDict()
+        self.prompt_memory = PromptMemory(lambda text: {k: v[0] for k, v in self.embed_prompts([text]).items()})
         self.check()
         pipe.set_progress_bar_config(disable=True)
         for part in pipe.components.values():
@@ -283,21 +280,14 @@ class PipelineAdapter(ABC):
         """
         if isinstance(prompts, str):
             raise TypeError("encode_prompts: got one str, expected a list of prompts. Wrap it: [prompt].")
-        for prompt in prompts:
-            if prompt in self._prompt_cache:
-                self._prompt_cache.move_to_end(prompt)
-            else:
-                self._prompt_cache[prompt] = {k: v[0] for k, v in self.embed_prompts([prompt]).items()}
-        remembered = [self._prompt_cache[prompt] for prompt in prompts]
+        remembered = [self.prompt_memory[prompt] for prompt in prompts]
         embeds = {name: torch.stack([one[name] for one in remembered]) for name in remembered[0]}
-        while len(self._prompt_cache) > PROMPT_CACHE_SIZE:
-            self._prompt_cache.popitem(last=False)
         dtype = self.pipe.transformer.dtype
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in embeds.items()}
 
     def clear_prompt_cache(self) -> None:
         """Forget remembered embeddings: needed after the text encoder has changed."""
-        self._prompt_cache.clear()
+        self.prompt_memory.clear()
 
     # ------------------------------------------------------------------ video
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class Standardized(Reward):
 
     Args:
         reward: what to bring to scale.
-        mean, std: of the reward over a reference batch; see `standardize`.
+        mean, std: of the reward over reference videos; see `over` and `standardize`.
 
     Raises:
         ValueError: std is not positive.
@@ -34,6 +35,28 @@ class Standardized(Reward):
         self.reward = reward
         self.register_buffer("mean", torch.tensor(float(mean)))
         self.register_buffer("std", torch.tensor(float(std)))
+
+    @classmethod
+    def over(cls, reward: Reward, values: Tensor) -> Self:
+        """The reward, standardized over what it was for reference videos: there it gets mean 0 and deviation 1.
+
+        Args:
+            reward: what to bring to scale.
+            values: [n] its values, n >= 2.
+
+        Raises:
+            ValueError: fewer than two values, or all the same.
+        """
+        if len(values) < 2:
+            raise ValueError(f"Standardized: got the rewards of {len(values)} videos, expected at least two.")
+        std = float(values.std())
+        # a spread of rounding errors would blow every difference up
+        if not std > 1e-7 * max(1.0, float(values.abs().max())):
+            raise ValueError(
+                f"Standardized: the reward is {float(values[0]):.4g} for all {len(values)} videos, expected a spread. "
+                "Use reference videos that differ."
+            )
+        return cls(reward, float(values.mean()), std)
 
     def score(self, features: Features) -> Tensor:
         """Standardized reward [B]."""
@@ -51,7 +74,7 @@ def standardize(reward: Reward, frames: Tensor, prompts: Sequence[str], batch_si
         batch_size: videos scored at once.
 
     Raises:
-        ValueError: fewer than two videos, as many prompts as videos missing, or a reward that is the same for all.
+        ValueError: fewer than two videos, not as many prompts as videos, or a reward that is the same for all.
 
     Example:
         >>> from pisces.encoders import TinyEncoder, TinyEncoderConfig
@@ -71,14 +94,7 @@ def standardize(reward: Reward, frames: Tensor, prompts: Sequence[str], batch_si
     values = torch.cat(
         [reward(frames[i : i + batch_size], prompts[i : i + batch_size]) for i in range(0, len(frames), batch_size)]
     )
-    std = float(values.std())
-    # a spread of rounding errors would blow every difference up
-    if not std > 1e-7 * max(1.0, float(values.abs().max())):
-        raise ValueError(
-            f"standardize: the reward is {float(values[0]):.4g} for all {len(values)} videos, expected a spread. "
-            "Use reference videos that differ."
-        )
-    return Standardized(reward, float(values.mean()), std)
+    return Standardized.over(reward, values)
 
 
 class CompositeReward(Reward):
