@@ -17,13 +17,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pisces.batches import VideoBatches
+from pisces.build import build_training
 from pisces.cli import app
 from pisces.config import TrainConfig
 from pisces.data import VideoFolder, VideoReadError, write_metadata, write_video
 from pisces.latent_cache import LatentCache, module_digest, tokenizer_digest
 from pisces.pipelines import ADAPTERS, PipelineAdapter, WanAdapter, load_pipeline
 from pisces.pipelines.tiny import make_tiny
-from pisces.trainer import Trainer, build_training
+from pisces.trainer import Trainer
 
 SIZE = (32, 32)
 
