@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pisces.encoders import blip, dual
 from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, VideoTextEncoder, resample
+from pisces.encoders.blip import BlipEncoder
+from pisces.encoders.dual import DualEncoder
 from pisces.encoders.internvideo2 import InternVideo2, InternVideo2Config
 from pisces.encoders.tiny import TinyEncoder, TinyEncoderConfig
 
 __all__ = [
     "AttentionRefiner",
+    "BlipEncoder",
+    "DualEncoder",
     "InternVideo2",
     "InternVideo2Config",
     "TextFeatures",
@@ -22,9 +27,14 @@ __all__ = [
     "resample",
 ]
 
-Encoder = TinyEncoder | InternVideo2
+Encoder = TinyEncoder | InternVideo2 | BlipEncoder | DualEncoder
 
-_KINDS: dict[str, type[Encoder]] = {"tiny_encoder": TinyEncoder, "internvideo2": InternVideo2}
+_KINDS: dict[str, type[Encoder]] = {
+    "tiny_encoder": TinyEncoder,
+    "internvideo2": InternVideo2,
+    **dict.fromkeys(blip.KINDS, BlipEncoder),
+    **dict.fromkeys(dual.KINDS, DualEncoder),
+}
 
 
 def load_encoder(path: str | Path) -> Encoder:
@@ -35,7 +45,9 @@ def load_encoder(path: str | Path) -> Encoder:
 
             - config.json and model.safetensors of a `TinyEncoder`;
             - vocab.txt and the checkpoint of an `InternVideo2`, config.json only where it differs from the official
-              one: see `InternVideo2.from_pretrained`.
+              one: see `InternVideo2.from_pretrained`;
+            - a directory of transformers with a CLIP, SigLIP, SigLIP 2 or X-CLIP (`DualEncoder`, for the quality
+              reward) or a BLIP for image-text retrieval (`BlipEncoder`).
 
     Returns:
         The encoder in eval mode; in float32, but for an InternVideo2 whose config.json says otherwise.

@@ -54,6 +54,9 @@ class VideoFeatures:
 class VideoTextEncoder(Protocol):
     """A dual encoder with fusion layers, as InternVideo2 stage 2 has them.
 
+    One without fusion layers and match head has `has_match_head = False`, and its `match` raises: it serves the quality
+    reward only.
+
     Attributes:
         n_frames: frames that the video tower looks at.
         size: height and width in pixels that it looks at.

@@ -6,15 +6,13 @@ keys of another width than the text's.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pisces.encoders.attention import cross_attention, merge_heads, split_heads
 from pisces.encoders.base import AttentionRefiner, VideoFeatures
 from pisces.encoders.internvideo2.config import InternVideo2Config
-from pisces.encoders.internvideo2.vision import merge_heads, split_heads
 
 _EPS = 1e-12  # of BERT's layer norms
 
@@ -78,16 +76,11 @@ class Attention(nn.Module):
         return self.output(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)), x)
 
     def cross(self, x: Tensor, video: VideoFeatures, lexical: Tensor, refine: AttentionRefiner | None) -> Tensor:
-        """Attention of x [B, N, D] to the video; the probabilities exist only where `refine` asks for them."""
-        p = self.self
-        query, key = p.query(x), p.key(video.tokens)
-        q, k, v = (split_heads(part, self.heads) for part in (query, key, p.value(video.tokens)))
-        if refine is None:
-            return self.output(merge_heads(F.scaled_dot_product_attention(q, k, v)), x)
-        wide = torch.promote_types(x.dtype, torch.float32)  # logarithms are taken of the probabilities
-        attention = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1, dtype=wide)  # [B, H, N, M]
-        attention = refine(query, key, attention, video.frame_index, video.positions, lexical)
-        return self.output(merge_heads(attention.to(v.dtype) @ v), x)
+        """Attention of x [B, N, D] to the video."""
+        context = cross_attention(
+            self.self, self.heads, x, video.tokens, video.frame_index, video.positions, lexical, refine
+        )
+        return self.output(context, x)
 
 
 class Layer(nn.Module):

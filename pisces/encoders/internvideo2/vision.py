@@ -7,17 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from pisces.encoders.attention import merge_heads, split_heads
 from pisces.encoders.internvideo2.config import InternVideo2Config
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, N, D] -> [B, H, N, D / H]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """[B, H, N, D / H] -> [B, N, D]."""
-    return x.transpose(1, 2).flatten(2)
 
 
 class PatchEmbedding(nn.Module):
