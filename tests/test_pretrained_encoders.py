@@ -138,10 +138,10 @@ def test_the_quality_reward_runs_on_it_and_its_gradient_is_that_of_finite_differ
 @pytest.mark.parametrize("name", DUAL)
 def test_there_is_no_semantic_reward_without_a_match_head(name: str, tmp_path: Path) -> None:
     encoder = encoder_of(name, tmp_path)
-    with pytest.raises(TypeError, match="DualEncoder without a match head"):
+    with pytest.raises(ValueError, match="DualEncoder without a match head"):
         SemanticReward(encoder, transport=Transport())
     text, video = encoder.encode_text(["a dog"]), encoder.encode_video(torch.rand(1, 2, 3, 16, 16))
-    with pytest.raises(TypeError, match=f"{name} has no match head"):
+    with pytest.raises(ValueError, match=f"{name} has no match head"):
         encoder.match(text, video)
 
 

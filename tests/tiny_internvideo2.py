@@ -63,6 +63,11 @@ def save_official(model: InternVideo2, path: Path, **extra: object) -> Path:
     return path
 
 
+def some_frames(n: int, t: int = 3, h: int = 28, w: int = 28) -> Tensor:
+    """Random videos in float64."""
+    return torch.rand(n, t, 3, h, w, dtype=torch.float64)
+
+
 def some_prompts(n: int) -> list[str]:
     """Prompts of 1 to 14 word pieces, the first two of the extremes, some words not in the vocabulary."""
     lengths = [1, 7, *(random.randint(1, 7) for _ in range(n))][:n]

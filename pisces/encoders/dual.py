@@ -130,9 +130,9 @@ class DualEncoder(nn.Module):
         """There is no match head.
 
         Raises:
-            TypeError: always.
+            ValueError: always.
         """
-        raise TypeError(
+        raise ValueError(
             f"DualEncoder.match: {self.kind} has no match head, expected an encoder with fusion layers. Use "
             "InternVideo2 or BlipEncoder for the semantic reward."
         )

@@ -93,7 +93,7 @@ class SemanticReward(Reward):
             that do not match at all, the logarithm's does not.
 
     Raises:
-        TypeError: an encoder without a match head.
+        ValueError: an encoder without a match head.
 
     Source:
         PISCES (arXiv 2602.01624), the discrete token-level partial-OT reward.
@@ -102,7 +102,7 @@ class SemanticReward(Reward):
     def __init__(self, encoder: VideoTextEncoder, *, transport: Transport | None = None, log: bool = True) -> None:
         super().__init__()
         if not getattr(encoder, "has_match_head", True):
-            raise TypeError(
+            raise ValueError(
                 f"SemanticReward: encoder is a {type(encoder).__name__} without a match head, expected one with fusion "
                 "layers. Use InternVideo2 or BlipEncoder; this one serves a QualityReward."
             )
