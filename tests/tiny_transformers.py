@@ -10,12 +10,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
-WORDS = ["<pad>", "<unk>", "<bos>", "<eos>", "a", "red", "blue", "dog", "runs", "over", "hill"]
-LETTERS = [*WORDS[:4], "▁", *"abcdefghijklmnopqrstuvwxyz"]
+# X-CLIP pools at the greatest index, which is that of the end
+WORDS = ["<pad>", "<unk>", "<bos>", "a", "red", "blue", "dog", "runs", "over", "hill", "<eos>"]
+LETTERS = ["<pad>", "<unk>", "<bos>", "▁", *"abcdefghijklmnopqrstuvwxyz", "<eos>"]
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {
     **TOWER, "vocab_size": len(WORDS), "max_position_embeddings": 12,
-    "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3,
+    "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": len(WORDS) - 1, "sep_token_id": len(WORDS) - 1,
 }  # fmt: skip
 VISION = {**TOWER, "image_size": 16, "patch_size": 8}
 NAMES = ("clip", "siglip", "siglip2", "xclip", "blip")
@@ -31,7 +32,7 @@ def tiny_model(name: str) -> nn.Module:
         model = t.SiglipModel(t.SiglipConfig(text_config=TEXT, vision_config=VISION))
     elif name == "siglip2":
         vision = {**TOWER, "num_patches": 4, "patch_size": 8}
-        text = {**TEXT, "vocab_size": len(LETTERS), "max_position_embeddings": 40}
+        text = {**TEXT, "vocab_size": len(LETTERS), "eos_token_id": len(LETTERS) - 1, "max_position_embeddings": 40}
         model = t.Siglip2Model(t.Siglip2Config(text_config=text, vision_config=vision))
     elif name == "xclip":
         mit = {"mit_hidden_size": 8, "mit_intermediate_size": 8, "mit_num_hidden_layers": 1}
@@ -76,7 +77,7 @@ def save_tokenizer(name: str, directory: Path) -> None:
 
     names = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
     siglip = name.startswith("siglip")
-    ends = [("<eos>", 3)] if siglip else [("<bos>", 2), ("<eos>", 3)]
+    ends = [(end, (LETTERS if name == "siglip2" else WORDS).index(end)) for end in ("<bos>", "<eos>")]
     template = TemplateProcessing(single="$A <eos>" if siglip else "<bos> $A <eos>", special_tokens=ends)
     if name == "siglip2":
         pieces = t.Siglip2Tokenizer(vocab={piece: i for i, piece in enumerate(LETTERS)}, merges=[], **names)
