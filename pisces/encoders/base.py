@@ -54,6 +54,9 @@ class VideoFeatures:
 class VideoTextEncoder(Protocol):
     """A dual encoder with fusion layers, as InternVideo2 stage 2 has them.
 
+    One without fusion layers and match head has `has_match_head = False`, and its `match` raises: it serves the quality
+    reward only.
+
     Attributes:
         n_frames: frames that the video tower looks at.
         size: height and width in pixels that it looks at.
@@ -77,16 +80,17 @@ class VideoTextEncoder(Protocol):
         ...
 
 
-def resample(frames: Tensor, n_frames: int, size: int) -> Tensor:
+def resample(frames: Tensor, n_frames: int, size: int, *, mode: str = "bilinear") -> Tensor:
     """Bring videos to the frame count and size that an encoder wants, without randomness.
 
     Time: frame round(i (T - 1) / (n_frames - 1)), so the first and the last are always there. Space: the short side
-    becomes `size` by antialiased bilinear interpolation, then the centre is cut out, so shapes keep their proportions.
+    becomes `size` by antialiased interpolation, then the centre is cut out, so shapes keep their proportions.
 
     Args:
         frames: [B, T, C, H, W], floating point.
         n_frames: frames wanted, at least 1.
         size: height and width wanted, at least 1.
+        mode: interpolation, "bilinear" or "bicubic"; the latter overshoots a little at edges.
 
     Returns:
         [B, n_frames, C, size, size]; `frames` itself where it already has that shape.
@@ -115,7 +119,7 @@ def resample(frames: Tensor, n_frames: int, size: int) -> Tensor:
     if (h, w) != (size, size):
         scale = size / min(h, w)
         h, w = max(size, round(h * scale)), max(size, round(w * scale))
-        flat = F.interpolate(frames.flatten(0, 1), size=(h, w), mode="bilinear", antialias=True, align_corners=False)
+        flat = F.interpolate(frames.flatten(0, 1), size=(h, w), mode=mode, antialias=True, align_corners=False)
         top, left = (h - size) // 2, (w - size) // 2
         frames = flat[..., top : top + size, left : left + size].unflatten(0, (b, n_frames))
     return frames
@@ -150,6 +154,11 @@ def check_frames(frames: Tensor, who: str) -> None:
             f"{who}: frames reach from {low:.3g} to {high:.3g}, expected [0, 1]. "
             "Map [-1, 1] by (frames + 1) / 2 and uint8 by frames / 255."
         )
+
+
+def unit(x: Tensor) -> Tensor:
+    """x [..., E] scaled to length 1, in float32 where it came in 16 bits: rewards differ in digits that those lack."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def check_prompts(prompts: Sequence[str], who: str) -> list[str]:

@@ -92,12 +92,20 @@ class SemanticReward(Reward):
         log: log-probability; False gives the probability itself, as the paper has it. Its gradient vanishes for videos
             that do not match at all, the logarithm's does not.
 
+    Raises:
+        ValueError: an encoder without a match head.
+
     Source:
         PISCES (arXiv 2602.01624), the discrete token-level partial-OT reward.
     """
 
     def __init__(self, encoder: VideoTextEncoder, *, transport: Transport | None = None, log: bool = True) -> None:
         super().__init__()
+        if not getattr(encoder, "has_match_head", True):
+            raise ValueError(
+                f"SemanticReward: encoder is a {type(encoder).__name__} without a match head, expected one with fusion "
+                "layers. Use InternVideo2 or BlipEncoder; this one serves a QualityReward."
+            )
         self.encoder = freeze(encoder)
         self.transport = transport
         self.log = log

@@ -1,0 +1,125 @@
+"""Reading the official checkpoint: what it holds, what of it is used, positions for other numbers of frames."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+UNUSED = (
+    "vision_encoder.clip_decoder.",  # heads of the distillation
+    "vision_encoder.final_clip_decoder.",
+    "vision_encoder.clip_pos_embed",  # positions for them
+    "vision_encoder.clip_img_pos_embed",
+    "vision_encoder.img_pos_embed",  # positions of single images, which rewards never see
+    "text_encoder.cls.",  # the head of masked language modelling
+)
+"""Beginnings of the names in the official checkpoint that no reward needs."""
+
+WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
+"""Endings of files that `read_weights` reads."""
+
+_POSITIONS = "vision_encoder.pos_embed"
+_SHOWN = 8  # names in a message
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint file by name, on the CPU.
+
+    Args:
+        path: a .safetensors file, or one of torch.save with the tensors under "module" or at the top. Nothing but
+            tensors and plain containers is unpickled.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: something else than tensors in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"InternVideo2: no file {path}, expected a checkpoint such as InternVideo2-stage2_1b-224p-f4.pt."
+        )
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    # mapped, gigabytes are read once and not copied; older files are no archives and cannot be
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if isinstance(state, dict) and isinstance(state.get("module"), dict):
+        state = state["module"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"InternVideo2: {path} holds something else than named tensors, expected them under 'module'.")
+    return state
+
+
+def interpolate_positions(positions: Tensor, n_frames: int, patches: int) -> Tensor:
+    """Position embeddings for another number of frames: linear in time, place by place; the CLS token keeps its own.
+
+    Frame i of n lies at (i + 1/2) F / n - 1/2 among the F frames of `positions`, not beyond the first or last.
+
+    Args:
+        positions: [1, 1 + F patches, D], CLS first.
+        n_frames: frames wanted.
+        patches: tokens of a frame.
+
+    Returns:
+        [1, 1 + n_frames patches, D]; `positions` itself where it has as many frames.
+
+    Example:
+        >>> positions = torch.tensor([7.0, 0.0, 1.0, 2.0, 3.0]).view(1, 5, 1)
+        >>> interpolate_positions(positions, 2, 1).flatten().tolist()
+        [7.0, 0.5, 2.5]
+    """
+    cls, grid = positions[:, :1], positions[:, 1:]
+    if grid.shape[1] == n_frames * patches:
+        return positions
+    wide = torch.promote_types(positions.dtype, torch.float32)
+    grid = grid.to(wide).unflatten(1, (-1, patches)).permute(0, 2, 3, 1)  # [1, P, D, F]
+    grid = F.interpolate(grid[0], size=n_frames, mode="linear", align_corners=False)[None]
+    return torch.cat([cls, grid.permute(0, 3, 1, 2).flatten(1, 2).to(positions.dtype)], dim=1)
+
+
+def fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], n_frames: int, patches: int) -> dict[str, Tensor]:
+    """What a model wants of a checkpoint, every name and shape checked.
+
+    Args:
+        state: tensors of the checkpoint; those that begin as `UNUSED` says are left out.
+        wanted: state of the model, for its names and shapes.
+        n_frames, patches: of the model; positions are interpolated in time to these.
+
+    Raises:
+        ValueError: a name is missing or unexpected, or a shape differs; the message says which.
+    """
+    used = {name: value for name, value in state.items() if not name.startswith(UNUSED)}
+    positions = used.get(_POSITIONS)
+    if (
+        positions is not None
+        and positions.dim() == 3
+        and positions.shape[1] > 1
+        and (positions.shape[1] - 1) % patches == 0
+    ):
+        used[_POSITIONS] = interpolate_positions(positions, n_frames, patches)
+    wrong = [
+        f"{name} has shape {tuple(used[name].shape)}, expected {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in used and used[name].shape != value.shape
+    ]
+    problems = {
+        "missing": [name for name in wanted if name not in used],
+        "unexpected": [name for name in used if name not in wanted],
+        "of another shape": wrong,
+    }
+    found = [
+        f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
+        for what, names in problems.items()
+        if names
+    ]
+    if found:
+        raise ValueError(
+            f"InternVideo2: the checkpoint does not fit. {'; '.join(found)}. Use a stage-2 checkpoint of the sizes in "
+            "the configuration."
+        )
+    return used

@@ -1,0 +1,125 @@
+"""What the encoders of transformers share: their directories, their tokenizers, what they want pixels to be."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pisces.encoders.base import check_prompts, resample
+
+_MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How an image model wants its pixels.
+
+    Attributes:
+        size: height and width.
+        mean, std: of each channel, for frames in [0, 1].
+        mode: interpolation, "bilinear" or "bicubic".
+    """
+
+    size: int
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's images
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    mode: str = "bicubic"
+
+    def prepare(self, frames: Tensor, n_frames: int, dtype: torch.dtype, who: str) -> Tensor:
+        """Frames [B, T, 3, H, W] in [0, 1] -> [B, n_frames, 3, size, size], normalised in float32 at least.
+
+        Raises:
+            ValueError: not five dimensions or not three channels.
+        """
+        if frames.dim() != 5 or frames.shape[2] != 3:
+            raise ValueError(f"{who}: frames has shape {tuple(frames.shape)}, expected (B, T, 3, H, W).")
+        wide = torch.promote_types(torch.promote_types(frames.dtype, dtype), torch.float32)
+        frames = resample(frames.to(wide), n_frames, self.size, mode=self.mode)
+        mean, std = (frames.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return ((frames - mean) / std).to(dtype)
+
+    @classmethod
+    def of(cls, processor: Any, size: int) -> Pixels:
+        """From an image processor of transformers; its own way to a square is not followed, see `resample`."""
+        mode = _MODES.get(int(processor.resample), "bicubic")
+        return cls(size, tuple(processor.image_mean), tuple(processor.image_std), mode)
+
+
+def model_type(path: str | Path, who: str, kinds: Sequence[str]) -> str:
+    """The model_type of a directory's config.json.
+
+    Raises:
+        FileNotFoundError: there is none. Nothing is looked up anywhere else.
+        ValueError: it is none of `kinds`.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{who}: {path} has no config.json, expected a directory of transformers. Download one and pass its path."
+        )
+    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    if kind not in kinds:
+        raise ValueError(f"{who}: {file} has model_type {kind!r}, expected one of {list(kinds)}.")
+    return kind
+
+
+@dataclass(frozen=True)
+class Words:
+    """Prompts as a model reads them.
+
+    Attributes:
+        ids: [B, N] long.
+        mask: [B, N] bool, False for padding.
+        lexical: [B, N] bool, True for the words of the prompt only.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    lexical: Tensor
+
+
+def read_prompts(
+    tokenizer: Any, prompts: Sequence[str], *, max_tokens: int, full: bool, device: torch.device, who: str
+) -> Words:
+    """Tokenize prompts; those that are too long are cut with a warning.
+
+    Args:
+        tokenizer: of transformers; None is refused.
+        prompts: at least one.
+        max_tokens: most tokens, special ones included.
+        full: pad every prompt to max_tokens, not to the longest.
+        device: of the result.
+        who: name for the messages.
+
+    Raises:
+        ValueError: no tokenizer, or a prompt without a word; the message names its index.
+    """
+    if tokenizer is None:
+        raise ValueError(f"{who}: this encoder has no tokenizer. Build it with one, or with from_pretrained.")
+    prompts = check_prompts(prompts, who)
+    for i, prompt in enumerate(prompts):
+        if not re.search(r"[^\W_]", prompt):
+            raise ValueError(f"{who}: prompts[{i}] is {prompt!r}, expected at least one word. Describe the video.")
+    for i, row in enumerate(tokenizer(prompts)["input_ids"]):
+        if len(row) > max_tokens:
+            warnings.warn(f"{who}: prompts[{i}] has {len(row)} tokens, only {max_tokens} are read.", stacklevel=4)
+    batch = tokenizer(
+        prompts,
+        padding="max_length" if full else True,
+        truncation=True,
+        max_length=max_tokens,
+        return_attention_mask=True,
+        return_special_tokens_mask=True,
+        return_tensors="pt",
+    )
+    mask = batch["attention_mask"].bool()
+    lexical = mask & ~batch["special_tokens_mask"].bool()
+    return Words(*(x.to(device) for x in (batch["input_ids"], mask, lexical)))
