@@ -329,6 +329,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Video i starts from noise of seed + i.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps. Default: the pipeline's.")] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 1.0,
+    guidance_2: Annotated[float | None, typer.Option(help="Of Wan 2.2's second expert. Default: --guidance.")] = None,
     n_frames: Annotated[int | None, typer.Option(min=1, help="Frames. Default: the pipeline's.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the pipeline's.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the pipeline's.")] = None,
@@ -372,6 +373,7 @@ def sample(
         seed=seed,
         steps=steps,
         guidance=guidance,
+        guidance_2=guidance_2,
         n_frames=n_frames,
         height=height,
         width=width,
@@ -389,7 +391,12 @@ def sample(
 @app.command("make-tiny")
 @_reported
 def make_tiny(
-    name: Annotated[str, typer.Argument(help="wan, hunyuanvideo, hunyuanvideo15, cogvideox, ltx or mochi.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="wan, wan22, wan22-5b, hunyuanvideo, hunyuanvideo15, cogvideox, cogvideox15, ltx or mochi."
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(help="Folder to write; an older pipeline there is replaced.")],
     seed: Annotated[int, typer.Option(min=0, help="Of the weights.")] = 0,
 ) -> None:

@@ -200,6 +200,19 @@ def test_cogvideox_takes_pairs_of_latents() -> None:
         ADAPTERS["CogVideoXPipeline"](pipe, defaults=defaults).latent_shape(n_frames=5)
 
 
+def test_cogvideox15_has_one_latent_frame_in_front() -> None:
+    pipe, defaults = TINY["cogvideox15"]()
+    adapter = ADAPTERS["CogVideoXPipeline"](pipe, defaults=defaults)
+    assert adapter.latent_shape() == (4, 4, 4, 4)
+    frames = torch.rand(1, 9, 3, 32, 32)
+    latents = adapter.encode_frames(frames)
+    older = ADAPTERS["CogVideoXPipeline"](TINY["cogvideox"]()[0], defaults=defaults)
+    older.pipe.register_modules(vae=pipe.vae)
+    assert torch.equal(latents[:, :, 1:], older.encode_frames(frames))
+    assert torch.equal(latents[:, :, 0], latents[:, :, 1])
+    assert torch.equal(adapter.decode(latents), older.decode(latents[:, :, 1:]))
+
+
 def test_the_shift_of_ltx_is_that_of_the_videos() -> None:
     pipe, _ = TINY["ltx"]()
     adapter = ADAPTERS["LTXPipeline"](pipe)  # without defaults

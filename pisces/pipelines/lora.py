@@ -40,9 +40,8 @@ def load_lora(adapter: PipelineAdapter, file: str | Path) -> None:
     file = Path(file)
     missing = [f for name in adapter.denoisers if not (f := _folder(file.parent, name) / file.name).is_file()]
     if missing:  # half a LoRA would be another model than the one that was trained
-        raise FileNotFoundError(
-            f"load_lora: no file {str(missing[0])!r}, expected one for each of {[*adapter.denoisers]}."
-        )
+        names = " and ".join(adapter.denoisers)
+        raise FileNotFoundError(f"load_lora: no such file: {str(missing[0])!r}, expected one for {names}.")
     for name, module in adapter.denoisers.items():
         options = {"weight_name": file.name, "local_files_only": True}
         folder = str(_folder(file.parent, name))
