@@ -242,5 +242,5 @@ def test_a_lora_is_both_or_none(adapter: PipelineAdapter, directory: Path, tmp_p
     wanted = adapter.sample(PROMPTS[:1], noise=noise)
     torch.testing.assert_close(again.sample(PROMPTS[:1], noise=noise), wanted, rtol=0, atol=1e-6)
     (tmp_path / "lora/transformer_2/pytorch_lora_weights.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no such file: .*transformer_2.* one for transformer and transformer_2"):
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*transformer_2.* transformer and transformer_2"):
         load_pipeline(directory).load_lora(file)
