@@ -15,6 +15,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from pisces import cli_videos
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 app = typer.Typer(
@@ -210,90 +212,8 @@ def fit_ot_map(
     )
 
 
-@app.command()
-@_reported
-def score(
-    video: Annotated[list[Path] | None, typer.Option(help="A video file; repeat for more.")] = None,
-    folder: Annotated[
-        Path | None, typer.Option(help="Folder or shards of videos; their captions are the prompts.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The text; with --folder it replaces the captions.")] = None,
-    encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
-    ot_map: Annotated[Path | None, typer.Option(help="Alignment that fit-ot-map wrote.")] = None,
-    vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores as JSON.")] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the scores as CSV.")] = None,
-) -> None:
-    """Score videos for a text with both rewards.
-
-    quality is the cosine of the text and video embeddings (after the OT map, if one is given), semantic the
-    log-probability that the text matches, with partial transport in the cross-attention.
-
-    A video that cannot be read (missing, cut off, not a video) is named, counted and skipped; the exit code is then 1.
-    It is 0 when every video was scored and 2 for a mistake in the command.
-
-    Examples:
-
-      pisces score --video clip.mp4 --prompt "a red square moves left"
-
-      pisces score --folder /tmp/shapes --ot-map /tmp/map.safetensors --csv scores.csv
-    """
-    from pisces.commands.score import folder_items
-    from pisces.commands.score import score as run
-
-    if bool(video) == (folder is not None):
-        raise ValueError("score: give either --video (once or more) or --folder.")
-    if prompt is not None and not prompt.strip():
-        raise ValueError("score: --prompt is empty, expected at least one word.")
-    if video and prompt is None:
-        raise ValueError("score: --video needs --prompt TEXT, the text to score it for.")
-    items = folder_items(folder, prompt) if folder is not None else [(path, prompt or "") for path in video or []]
-    scores = run(items, encoder=encoder, ot_map=ot_map, vanilla=vanilla, json_file=json_file, csv_file=csv_file)
-    if scores.unreadable:
-        raise typer.Exit(1)
-
-
-@app.command()
-@_reported
-def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of captioned videos, such as sample writes.")],
-    before: Annotated[Path | None, typer.Option(help="The same of another model, to compare with.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Replaces the captions.")] = None,
-    encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
-    ot_map: Annotated[Path | None, typer.Option(help="Alignment that fit-ot-map wrote.")] = None,
-    vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all numbers as JSON.")] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write each video's numbers as CSV.")] = None,
-) -> None:
-    """Measure a folder of videos: rewards, sharpness, saturation, motion, flicker, and the judge where it applies.
-
-    With --before the difference is shown with its bootstrap interval, paired where both folders hold the same files
-    with the same prompts. A video that cannot be read is named and left out; the exit code is then 1.
-
-    Examples:
-
-      pisces sample --pipeline packaged:wan-base --prompts p.txt --lossless --output /tmp/before
-
-      pisces sample --pipeline runs/draft/final --prompts p.txt --lossless --output /tmp/after
-
-      pisces evaluate /tmp/after --before /tmp/before
-    """
-    from pisces.commands.evaluate import evaluate as run
-
-    if prompt is not None and not prompt.strip():
-        raise ValueError("evaluate: --prompt is empty, expected at least one word.")
-    found = run(
-        folder,
-        before=before,
-        prompt=prompt,
-        encoder=encoder,
-        ot_map=ot_map,
-        vanilla=vanilla,
-        json_file=json_file,
-        csv_file=csv_file,
-    )
-    if found.after.unreadable or (found.before is not None and found.before.unreadable):
-        raise typer.Exit(1)
+for _command in cli_videos.COMMANDS:
+    app.command()(_reported(_command))
 
 
 @app.command()
@@ -316,76 +236,6 @@ def report(
     from pisces.commands.report import report as run
 
     typer.echo(f"Open {run(runs, output)}")
-
-
-@app.command()
-@_reported
-def sample(
-    output: Annotated[Path, typer.Option(help="Folder for the videos.")],
-    pipeline: Annotated[str, typer.Option(help="diffusers directory, or packaged:NAME.")] = "packaged:wan-good",
-    prompt: Annotated[list[str] | None, typer.Option(help="A text; repeat for more.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="File of texts: .txt, .jsonl or .csv.")] = None,
-    lora: Annotated[Path | None, typer.Option(help="LoRA directory, such as a run's final/.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Video i starts from noise of seed + i.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps. Default: the pipeline's.")] = None,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 1.0,
-    guidance_2: Annotated[float | None, typer.Option(help="Of Wan 2.2's second expert. Default: --guidance.")] = None,
-    n_frames: Annotated[int | None, typer.Option(min=1, help="Frames. Default: the pipeline's.")] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the pipeline's.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the pipeline's.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Pictures a second. Default: the pipeline's, or 8.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Videos at a time.")] = 8,
-    device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
-    names: Annotated[str, typer.Option(help="number (0000.mp4) or vbench (videos/PROMPT-0.mp4).")] = "number",
-    per_prompt: Annotated[int, typer.Option(min=1, help="Videos of each prompt; VBench wants 5.")] = 1,
-    lossless: Annotated[bool, typer.Option("--lossless", help="Exact pixels, to be measured by evaluate.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what a stopped call with the same options made.")
-    ] = False,
-) -> None:
-    """Make videos with a generator.
-
-    Writes 0000.mp4, 0001.mp4, ... for any player, contact-sheet.png, prompts.jsonl (text, file, seed and settings of
-    each), and metadata.jsonl, which makes the folder one that score, evaluate and fit-ot-map read. With --names vbench
-    the folder videos/ is what VBench's evaluator takes as --videos_path.
-
-    Examples:
-
-      pisces sample --output /tmp/videos --prompt "a red square moves left" --guidance 2.5
-
-      pisces sample --pipeline packaged:wan-base --lora runs/pisces/final --prompts prompts.txt --output /tmp/after
-
-      pisces sample --prompts vbench.txt --names vbench --per-prompt 5 --output /tmp/vbench --resume
-    """
-    from pisces.commands.sample import sample as run
-    from pisces.data import read_prompts
-
-    if bool(prompt) == (prompts is not None):
-        raise ValueError("sample: give either --prompt (once or more) or --prompts FILE.")
-    texts = read_prompts(prompts) if prompts is not None else [text.strip() for text in prompt or []]
-    if not all(texts):
-        raise ValueError("sample: --prompt is empty, expected at least one word.")
-    files = run(
-        texts,
-        output,
-        pipeline=pipeline,
-        lora=lora,
-        seed=seed,
-        steps=steps,
-        guidance=guidance,
-        guidance_2=guidance_2,
-        n_frames=n_frames,
-        height=height,
-        width=width,
-        fps=fps,
-        batch_size=batch_size,
-        device=device,
-        names=names,
-        per_prompt=per_prompt,
-        lossless=lossless,
-        resume=resume,
-    )
-    typer.echo(f"wrote {len(files)} videos to {output}, see {output / 'contact-sheet.png'}")
 
 
 @app.command("make-tiny")
@@ -421,7 +271,11 @@ def make_tiny(
 @_reported
 def plan(
     vae: Annotated[
-        str, typer.Argument(help="Diffusers folder (pipeline or autoencoder), or a class such as AutoencoderKLWan.")
+        str,
+        typer.Argument(
+            help="Diffusers folder (pipeline or autoencoder), a class such as AutoencoderKLWan, or a run's settings "
+            "(.yaml, preset:NAME)."
+        ),
     ],
     frames: Annotated[int, typer.Option(min=1, help="Frames of a video.")] = 81,
     height: Annotated[int, typer.Option(min=1, help="Pixels.")] = 480,
@@ -430,18 +284,34 @@ def plan(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     tiling: Annotated[bool, typer.Option("--tiling", help="The class's own spatial tiles.")] = False,
     budget: Annotated[str | None, typer.Option(help="Memory for the decode, such as 24GB: chooses what fits.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With settings of a run: replace one.")
+    ] = None,
 ) -> None:
-    """Predict the memory of decoding videos with gradient, for every method of pisces.decode.
+    """Predict the memory of decoding videos with gradient, for every method of pisces.decode, or of a training step.
 
-    Nothing is computed and no weights are read: the operations are run on tensors that have shapes only, at the true
-    size. It takes a minute or a few. With a budget, the exit code is 2 if nothing fits.
+    Nothing is computed: the operations are run on tensors that have shapes only, at the true size. It takes a minute
+    or a few. Of a decode no weights are read; with a budget, the exit code is 2 if nothing fits. Of a training run the
+    pipeline and one batch are read, and the size of the videos is the settings' own.
 
     Examples:
 
       pisces plan AutoencoderKLWan --budget 24GB
 
       pisces plan path/to/pipeline --frames 257 --height 256 --width 256
+
+      pisces plan preset:tiny-wan --set data.batch_size=4
     """
+    if vae.startswith("preset:") or vae.endswith((".yaml", ".yml")):
+        from pisces.commands.plan import plan_training
+        from pisces.config import load_config
+
+        typer.echo(plan_training(load_config(vae, settings or [])))
+        return
+    if settings:
+        raise ValueError(
+            f"plan: --set belongs to settings of a run, got {vae!r}, expected a .yaml file or preset:NAME."
+        )
     from pisces.commands.plan import plan as run
 
     typer.echo(

@@ -164,11 +164,11 @@ def _to_image(frame: Tensor) -> Pixels.Image:
     return image.resize((width, height), Pixels.Resampling.NEAREST if larger else Pixels.Resampling.LANCZOS)
 
 
-def _font(size: int, bold: bool = False) -> Any:
+def typeface(size: int, bold: bool = False) -> Any:
     """DejaVu Sans of matplotlib, so that a sheet looks alike on every machine."""
     package = find_spec("matplotlib")  # found, not imported: its import makes folders in the user's home
     if package is None or package.origin is None:
-        raise ModuleNotFoundError("contact_sheet: matplotlib is missing. Install it: pip install matplotlib.")
+        raise ModuleNotFoundError("typeface: matplotlib is missing. Install it: pip install matplotlib.")
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / name), size)
 
@@ -185,11 +185,12 @@ def _wrap(text: str, font: Any, width: int, max_lines: int) -> list[str]:
     if lines:
         if words:
             lines[-1] += " …"
-        lines = [_shorten(line, font, width) for line in lines]
+        lines = [shorten(line, font, width) for line in lines]
     return lines
 
 
-def _shorten(line: str, font: Any, width: int) -> str:
+def shorten(line: str, font: Any, width: int) -> str:
+    """The line, cut with an ellipsis where it is wider than `width` pixels."""
     if font.getlength(line) <= width:
         return line
     line = line.removesuffix("…").rstrip()
@@ -201,7 +202,7 @@ def _shorten(line: str, font: Any, width: int) -> str:
 def _draw_sheet(strips: Sequence[Row], prompts: Sequence[str], columns: int | None) -> Pixels.Image:
     """Draw every frame of every strip, in blocks of one prompt each."""
     columns = min(columns or (2 if len(prompts) >= 4 else 1), len(prompts))
-    prompt_font, label_font = _font(14, bold=True), _font(13)
+    prompt_font, label_font = typeface(14, bold=True), typeface(13)
     sizes = [_tile_size(*frames.shape[-2:]) for _, frames in strips]
     label_width = min(160, max(math.ceil(label_font.getlength(label)) for label, _ in strips)) + 12
     strip_width = max(frames.shape[1] * (width + _GAP) for (_, frames), (_, width) in zip(strips, sizes, strict=True))
@@ -231,7 +232,7 @@ def _draw_sheet(strips: Sequence[Row], prompts: Sequence[str], columns: int | No
         y = top + n_lines[line] * line_height + 7
         for (label, frames), (height, width) in zip(strips, sizes, strict=True):
             middle = y + height // 2
-            name = _shorten(label, label_font, label_width - 12)
+            name = shorten(label, label_font, label_width - 12)
             draw.text((left, middle), name, fill=_FAINT, font=label_font, anchor="lm")
             for t in range(frames.shape[1]):
                 image.paste(_to_image(frames[i, t]), (left + label_width + t * (width + _GAP), y))

@@ -28,6 +28,8 @@ COMMANDS = [
     "train",
     "fit-ot-map",
     "score",
+    "explain",
+    "leverage",
     "sample",
     "plan",
     "doctor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from meter import memory_meter
 from tiny_wan import PROMPTS, build_pipeline
 from torch import Tensor
+from typer.testing import CliRunner
 
 from pisces.algorithms import Draft, FrozenBase, Grpo, OneStep
 from pisces.algorithms.base import Batch
+from pisces.cli import app
 from pisces.config import LoraConfig
 from pisces.decode.meter import TensorMeter
 from pisces.pipelines import WanAdapter, load_pipeline, prepare
@@ -88,3 +91,14 @@ def test_a_denoiser_that_looks_at_contents_is_named(tmp_path: Path) -> None:
     algorithm = Draft(adapter, MeanReward(), FrozenBase(adapter), steps=2)
     with pytest.raises(ValueError, match="MochiTransformer3DModel looks at the contents"):
         predict_step(adapter, algorithm, Batch(PROMPTS[:1]))
+
+
+def test_the_command_line_predicts_a_run(tmp_path: Path) -> None:
+    texts = [
+        CliRunner().invoke(app, ["plan", "preset:tiny-wan", "--set", f"data.batch_size={n}"]).output for n in (1, 4)
+    ]
+    peaks = [float(re.search(r"at the peak\s+([\d.]+) MB", text).group(1)) for text in texts]  # type: ignore[union-attr]
+    assert peaks[1] > 2 * peaks[0]
+    result = CliRunner().invoke(app, ["plan", "AutoencoderKLWan", "--set", "steps=2"])
+    assert result.exit_code == 2
+    assert "--set belongs to settings of a run" in result.output

@@ -76,7 +76,7 @@ def score(
         {"quality": 1.0, "semantic": 1.0},
     )
     scores = _score(rewards, items, model.n_frames, model.size)
-    _print(scores, note=_unknown_words(model, [prompt for _, prompt in items]), packaged=encoder == "packaged")
+    _print(scores, note=unknown_words(model, [prompt for _, prompt in items]), packaged=encoder == "packaged")
     settings = {"encoder": encoder, "ot_map": str(ot_map) if ot_map else None, "partial_transport": not vanilla}
     if json_file:
         with atomic_path(json_file) as temporary:
@@ -134,7 +134,7 @@ def _score(rewards: CompositeReward, items: Sequence[tuple[Path | Member, str]],
     return scores
 
 
-def _unknown_words(model: Any, prompts: Sequence[str]) -> str:
+def unknown_words(model: Any, prompts: Sequence[str]) -> str:
     """A remark on words that a word-level encoder has never seen, empty where there are none."""
     known = getattr(model, "word_index", None)
     if known is None:

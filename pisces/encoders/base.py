@@ -55,7 +55,8 @@ class VideoTextEncoder(Protocol):
     """A dual encoder with fusion layers, as InternVideo2 stage 2 has them.
 
     One without fusion layers and match head has `has_match_head = False`, and its `match` raises: it serves the quality
-    reward only.
+    reward only. `token_texts(prompts)` is optional: the texts of each prompt's lexical tokens in their order, a list of
+    lists. Only `pisces.rewards.explain` asks for it.
 
     Attributes:
         n_frames: frames that the video tower looks at.

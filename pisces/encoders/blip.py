@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pisces.encoders.attention import cross_attention
 from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, unit
-from pisces.encoders.pretrained import Pixels, model_type, read_prompts
+from pisces.encoders.pretrained import Pixels, Words, model_type, read_prompts
 from pisces.tokens import TokenGrid
 
 KINDS = ("blip",)
@@ -85,19 +85,29 @@ class BlipEncoder(nn.Module):
         Raises:
             ValueError: a prompt without a word, or an encoder without a tokenizer.
         """
-        text = self.model.text_encoder
-        words = read_prompts(
-            self.tokenizer,
-            prompts,
-            max_tokens=text.config.max_position_embeddings,
-            full=False,
-            device=self.model.device,
-            who="BlipEncoder.encode_text",
-        )
+        text, words = self.model.text_encoder, self._read(prompts, "BlipEncoder.encode_text")
         x = tokens = text.embeddings(words.ids)
         for layer in text.encoder.layer:
             x = layer(x, attention_mask=_additive(words.mask, x))
         return TextFeatures(tokens, unit(self.model.text_proj(x[:, 0])), words.mask, words.lexical)
+
+    def token_texts(self, prompts: Sequence[str]) -> list[list[str]]:
+        """The tokens of each prompt as the tokenizer writes them, without the special ones."""
+        words = self._read(prompts, "BlipEncoder.token_texts")
+        return [
+            self.tokenizer.convert_ids_to_tokens(ids[lexical].tolist())
+            for ids, lexical in zip(words.ids, words.lexical, strict=True)
+        ]
+
+    def _read(self, prompts: Sequence[str], who: str) -> Words:
+        return read_prompts(
+            self.tokenizer,
+            prompts,
+            max_tokens=self.model.text_encoder.config.max_position_embeddings,
+            full=False,
+            device=self.model.device,
+            who=who,
+        )
 
     def match(self, text: TextFeatures, video: VideoFeatures, *, refine: AttentionRefiner | None = None) -> Tensor:
         """Log-odds that each text describes its video, averaged over the frames.

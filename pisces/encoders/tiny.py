@@ -236,7 +236,15 @@ class TinyEncoder(nn.Module):
             ValueError: a prompt without a word; the message names its index.
         """
         sep, unk = self.word_index[SEP], self.word_index[UNK]
-        rows, room = [], self.config.max_tokens - 2
+        rows = [[sep, *(self.word_index.get(word, unk) for word in words), sep] for words in self.token_texts(prompts)]
+        ids = torch.full((len(rows), max(map(len, rows))), self.word_index[PAD])
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        return ids.to(self.place.device)
+
+    def token_texts(self, prompts: Sequence[str]) -> list[list[str]]:
+        """The words of each prompt as they are read, unknown ones too; see `token_ids`."""
+        texts, room = [], self.config.max_tokens - 2
         for i, prompt in enumerate(check_prompts(prompts, "TinyEncoder.encode_text")):
             words = re.findall(r"[^\W_]+", prompt.lower())
             if not words:
@@ -244,13 +252,10 @@ class TinyEncoder(nn.Module):
             if len(words) > room:
                 warnings.warn(
                     f"TinyEncoder.encode_text: prompts[{i}] has {len(words)} words, only {room} are read.",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-            rows.append([sep, *(self.word_index.get(word, unk) for word in words[:room]), sep])
-        ids = torch.full((len(rows), max(map(len, rows))), self.word_index[PAD])
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-        return ids.to(self.place.device)
+            texts.append(words[:room])
+        return texts
 
     def encode_text(self, prompts: Sequence[str]) -> TextFeatures:
         """Encode prompts with the word vocabulary of the configuration; see `token_ids` for how words are read."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pisces.rewards.base import Features, Reward
 from pisces.rewards.composite import CompositeReward, Standardized, standardize
+from pisces.rewards.explain import Explanation, explain
 from pisces.rewards.quality import QualityReward
 from pisces.rewards.semantic import SemanticReward, Transport, TransportRefiner, leverage
 
 __all__ = [
     "CompositeReward",
+    "Explanation",
     "Features",
     "QualityReward",
     "Reward",
@@ -16,6 +18,7 @@ __all__ = [
     "Standardized",
     "Transport",
     "TransportRefiner",
+    "explain",
     "leverage",
     "standardize",
 ]

@@ -80,6 +80,19 @@ class Reward(nn.Module):
         return self.score(Features(frames, prompts))
 
 
+def check_match_head(encoder: VideoTextEncoder, who: str) -> None:
+    """Refuse an encoder that cannot say whether a text describes a video.
+
+    Raises:
+        ValueError: an encoder without a match head.
+    """
+    if not getattr(encoder, "has_match_head", True):
+        raise ValueError(
+            f"{who}: encoder is a {type(encoder).__name__} without a match head, expected one with fusion "
+            "layers. Use InternVideo2 or BlipEncoder; this one serves a QualityReward."
+        )
+
+
 def freeze(encoder: E) -> E:
     """The same encoder, in eval mode and without gradients of its parameters."""
     if isinstance(encoder, nn.Module):

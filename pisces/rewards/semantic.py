@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pisces.encoders.base import VideoTextEncoder
-from pisces.rewards.base import Features, Reward, freeze
+from pisces.rewards.base import Features, Reward, check_match_head, freeze
 from pisces_kernels import transport_attention
 
 
@@ -65,21 +65,22 @@ class TransportRefiner:
         lexical: Tensor,
     ) -> Tensor:
         """Refined attention [B, H, Q, M]."""
-        t = self.transport
         return transport_attention(
-            query,
-            key,
-            attention,
-            frame_index,
-            positions,
-            epsilon=t.epsilon,
-            tau=t.tau,
-            mass=t.mass,
-            row_mask=lexical,
-            max_iters=t.max_iters,
-            tol=t.tol,
-            gamma=t.gamma,
-            eta=t.eta,
+            query, key, attention, frame_index, positions, row_mask=lexical, **asdict(self.transport)
+        )
+
+    def with_plan(
+        self,
+        query: Tensor,
+        key: Tensor,
+        attention: Tensor,
+        frame_index: Tensor,
+        positions: Tensor,
+        lexical: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the plan [B, H, Q, M] before its rows are normalised; zero where `lexical` is False."""
+        return transport_attention(
+            query, key, attention, frame_index, positions, row_mask=lexical, return_plan=True, **asdict(self.transport)
         )
 
 
@@ -101,11 +102,7 @@ class SemanticReward(Reward):
 
     def __init__(self, encoder: VideoTextEncoder, *, transport: Transport | None = None, log: bool = True) -> None:
         super().__init__()
-        if not getattr(encoder, "has_match_head", True):
-            raise ValueError(
-                f"SemanticReward: encoder is a {type(encoder).__name__} without a match head, expected one with fusion "
-                "layers. Use InternVideo2 or BlipEncoder; this one serves a QualityReward."
-            )
+        check_match_head(encoder, "SemanticReward")
         self.encoder = freeze(encoder)
         self.transport = transport
         self.log = log
@@ -127,7 +124,12 @@ def _uniform(
 
 @torch.no_grad()
 def leverage(
-    encoder: VideoTextEncoder, frames: Tensor, prompts: Sequence[str], transport: Transport | None = None
+    encoder: VideoTextEncoder,
+    frames: Tensor,
+    prompts: Sequence[str],
+    transport: Transport | None = None,
+    *,
+    batch_size: int = 32,
 ) -> dict[str, float]:
     """How far the attention of the words can move the match score at all.
 
@@ -138,6 +140,7 @@ def leverage(
         frames: [B, T, 3, H, W] in [0, 1], B >= 2.
         prompts: B prompts.
         transport: settings; None is `Transport()`.
+        batch_size: videos encoded at once.
 
     Returns:
         logit_std: standard deviation of the log-odds over the batch, to compare with.
@@ -145,14 +148,26 @@ def leverage(
         uniform: the same when the words' attention is replaced by uniform attention.
 
     Raises:
-        ValueError: fewer than two videos, or what a reward refuses.
+        ValueError: fewer than two videos, an encoder without a match head, or what a reward refuses.
+
+    Example:
+        >>> from pisces.encoders import TinyEncoder, TinyEncoderConfig
+        >>> encoder = TinyEncoder(TinyEncoderConfig(vocabulary=("[pad]", "[unk]", "[sep]", "dot"), width=16))
+        >>> sorted(leverage(encoder, torch.rand(3, 9, 3, 32, 32), ["dot"] * 3))
+        ['logit_std', 'partial_ot', 'uniform']
     """
-    text, video = Features(frames, prompts).encode(encoder)
+    check_match_head(encoder, "leverage")
+    features = Features(frames, prompts)
     if len(frames) < 2:
         raise ValueError("leverage: got one video, expected at least two for a standard deviation.")
-    plain = encoder.match(text, video)
-    refined = encoder.match(text, video, refine=TransportRefiner(transport or Transport()))
-    uniform = encoder.match(text, video, refine=_uniform)
+    if batch_size < 1:
+        raise ValueError(f"leverage: batch_size is {batch_size}, expected at least 1.")
+    refine = TransportRefiner(transport or Transport())
+    logits = []
+    for i in range(0, len(frames), batch_size):
+        text, video = Features(frames[i : i + batch_size], features.prompts[i : i + batch_size]).encode(encoder)
+        logits.append(torch.stack([encoder.match(text, video, refine=how) for how in (None, refine, _uniform)]))
+    plain, refined, uniform = torch.cat(logits, dim=1)
     return {
         "logit_std": float(plain.std()),
         "partial_ot": float((refined - plain).abs().mean()),

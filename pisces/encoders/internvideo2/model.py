@@ -111,6 +111,11 @@ class InternVideo2(nn.Module):
             ids[i, : len(row)] = torch.tensor(row)
         return ids.to(self.text_proj.weight.device)
 
+    def token_texts(self, prompts: Sequence[str]) -> list[list[str]]:
+        """The word pieces of each prompt as the match head reads them, without [CLS] and [SEP]."""
+        words = self._words("token_texts")
+        return words.texts(prompts, max_tokens=self.config.max_tokens, who="InternVideo2.token_texts")
+
     def encode_text(self, prompts: Sequence[str]) -> TextFeatures:
         """Encode prompts; see `encode_ids` for the two lengths and `token_ids` for how words are read."""
         return self.encode_ids(self.token_ids(prompts))

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tokenizers.models import WordPiece as WordPieceModel
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -72,14 +72,27 @@ class WordPieces:
         Raises:
             ValueError: a prompt without a letter or digit; the message names its index.
         """
-        prompts = check_prompts(prompts, who)
-        for i, prompt in enumerate(prompts):
-            if not re.search(r"[^\W_]", prompt):
-                raise ValueError(f"{who}: prompts[{i}] is {prompt!r}, expected at least one word. Describe the video.")
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(prompts, add_special_tokens=False)]
+        rows = [encoding.ids for encoding in self._read(prompts, who)]
         for i, row in enumerate(rows):
             if len(row) > max_tokens - 2:
                 warnings.warn(
                     f"{who}: prompts[{i}] has {len(row)} word pieces, only {max_tokens - 2} are read.", stacklevel=3
                 )
         return [[self.cls, *row[: max_tokens - 2], self.sep] for row in rows]
+
+    def texts(self, prompts: Sequence[str], *, max_tokens: int, who: str = "WordPieces.texts") -> list[list[str]]:
+        """The pieces that `encode` reads of each prompt, without the special ones.
+
+        Example:
+            >>> pieces = WordPieces(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "run", "##s"])
+            >>> pieces.texts(["A dog RUNS"], max_tokens=40)
+            [['a', 'dog', 'run', '##s']]
+        """
+        return [encoding.tokens[: max_tokens - 2] for encoding in self._read(prompts, who)]
+
+    def _read(self, prompts: Sequence[str], who: str) -> list[Encoding]:
+        prompts = check_prompts(prompts, who)
+        for i, prompt in enumerate(prompts):
+            if not re.search(r"[^\W_]", prompt):
+                raise ValueError(f"{who}: prompts[{i}] is {prompt!r}, expected at least one word. Describe the video.")
+        return self._tokenizer.encode_batch(prompts, add_special_tokens=False)

@@ -1,0 +1,219 @@
+"""The commands that read or make videos, with their options and help; `pisces.cli` puts them into the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def score(
+    video: Annotated[list[Path] | None, typer.Option(help="A video file; repeat for more.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder or shards of videos; their captions are the prompts.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text; with --folder it replaces the captions.")] = None,
+    encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
+    ot_map: Annotated[Path | None, typer.Option(help="Alignment that fit-ot-map wrote.")] = None,
+    vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores as JSON.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the scores as CSV.")] = None,
+) -> None:
+    """Score videos for a text with both rewards.
+
+    quality is the cosine of the text and video embeddings (after the OT map, if one is given), semantic the
+    log-probability that the text matches, with partial transport in the cross-attention.
+
+    A video that cannot be read (missing, cut off, not a video) is named, counted and skipped; the exit code is then 1.
+    It is 0 when every video was scored and 2 for a mistake in the command.
+
+    Examples:
+
+      pisces score --video clip.mp4 --prompt "a red square moves left"
+
+      pisces score --folder /tmp/shapes --ot-map /tmp/map.safetensors --csv scores.csv
+    """
+    from pisces.commands.score import folder_items
+    from pisces.commands.score import score as run
+
+    if bool(video) == (folder is not None):
+        raise ValueError("score: give either --video (once or more) or --folder.")
+    if prompt is not None and not prompt.strip():
+        raise ValueError("score: --prompt is empty, expected at least one word.")
+    if video and prompt is None:
+        raise ValueError("score: --video needs --prompt TEXT, the text to score it for.")
+    items = folder_items(folder, prompt) if folder is not None else [(path, prompt or "") for path in video or []]
+    scores = run(items, encoder=encoder, ot_map=ot_map, vanilla=vanilla, json_file=json_file, csv_file=csv_file)
+    if scores.unreadable:
+        raise typer.Exit(1)
+
+
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Folder of captioned videos, such as sample writes.")],
+    before: Annotated[Path | None, typer.Option(help="The same of another model, to compare with.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Replaces the captions.")] = None,
+    encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
+    ot_map: Annotated[Path | None, typer.Option(help="Alignment that fit-ot-map wrote.")] = None,
+    vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all numbers as JSON.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write each video's numbers as CSV.")] = None,
+) -> None:
+    """Measure a folder of videos: rewards, sharpness, saturation, motion, flicker, and the judge where it applies.
+
+    With --before the difference is shown with its bootstrap interval, paired where both folders hold the same files
+    with the same prompts. A video that cannot be read is named and left out; the exit code is then 1.
+
+    Examples:
+
+      pisces sample --pipeline packaged:wan-base --prompts p.txt --lossless --output /tmp/before
+
+      pisces sample --pipeline runs/draft/final --prompts p.txt --lossless --output /tmp/after
+
+      pisces evaluate /tmp/after --before /tmp/before
+    """
+    from pisces.commands.evaluate import evaluate as run
+
+    if prompt is not None and not prompt.strip():
+        raise ValueError("evaluate: --prompt is empty, expected at least one word.")
+    found = run(
+        folder,
+        before=before,
+        prompt=prompt,
+        encoder=encoder,
+        ot_map=ot_map,
+        vanilla=vanilla,
+        json_file=json_file,
+        csv_file=csv_file,
+    )
+    if found.after.unreadable or (found.before is not None and found.before.unreadable):
+        raise typer.Exit(1)
+
+
+def explain(
+    video: Annotated[Path, typer.Argument(help="A video file.")],
+    prompt: Annotated[str, typer.Argument(help="The text.")],
+    output: Annotated[Path, typer.Option(help="The page to write, NAME.html; NAME.png is written beside it.")],
+    encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
+    vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
+    layer: Annotated[int | None, typer.Option(help="Fusion layer, from 1. Default: the last.")] = None,
+    head: Annotated[int | None, typer.Option(help="Attention head, from 1. Default: the mean of all.")] = None,
+) -> None:
+    """Draw which patches each word was matched to, frame by frame.
+
+    The page shows transport plan and cross-attention as heat maps over the frames, one row a word, each word's mass,
+    and the match probability with and without transport. It holds everything itself and needs no network.
+
+    Examples:
+
+      pisces explain clip.mp4 "a red square moves left" --output why.html
+
+      pisces explain clip.mp4 "a red square moves left" --output why.html --layer 1 --head 2
+    """
+    from pisces.commands.explain import explain as run
+
+    if not prompt.strip():
+        raise ValueError("explain: PROMPT is empty, expected at least one word.")
+    page, _ = run(video, prompt, output, encoder=encoder, vanilla=vanilla, layer=layer, head=head)
+    typer.echo(f"Open {page}")
+
+
+def leverage(
+    folder: Annotated[Path, typer.Option(help="Folder or shards of captioned videos, such as sample writes.")],
+    prompt: Annotated[str | None, typer.Option(help="Replaces the captions.")] = None,
+    encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
+    most: Annotated[int, typer.Option(min=2, help="Most videos, evenly spread; all are held in memory.")] = 128,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")] = None,
+) -> None:
+    """Say whether refining an encoder's attention can change its semantic reward at all.
+
+    Compares how far partial transport, and uniform attention, move the log-odds of a match with their standard
+    deviation over the videos. Take videos that match their prompts more and less, such as a generator's samples: real
+    ones all match, and their spread means little. A video that cannot be read is named and left out; the exit code is
+    then 1.
+
+    Examples:
+
+      pisces sample --pipeline packaged:wan-base --prompts p.txt --output /tmp/samples
+
+      pisces leverage --folder /tmp/samples
+    """
+    from pisces.commands.leverage import leverage as run
+    from pisces.commands.score import folder_items
+
+    if prompt is not None and not prompt.strip():
+        raise ValueError("leverage: --prompt is empty, expected at least one word.")
+    _, unreadable = run(folder_items(folder, prompt), encoder=encoder, most=most, json_file=json_file)
+    if unreadable:
+        raise typer.Exit(1)
+
+
+def sample(
+    output: Annotated[Path, typer.Option(help="Folder for the videos.")],
+    pipeline: Annotated[str, typer.Option(help="diffusers directory, or packaged:NAME.")] = "packaged:wan-good",
+    prompt: Annotated[list[str] | None, typer.Option(help="A text; repeat for more.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of texts: .txt, .jsonl or .csv.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA directory, such as a run's final/.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Video i starts from noise of seed + i.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps. Default: the pipeline's.")] = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 1.0,
+    guidance_2: Annotated[float | None, typer.Option(help="Of Wan 2.2's second expert. Default: --guidance.")] = None,
+    n_frames: Annotated[int | None, typer.Option(min=1, help="Frames. Default: the pipeline's.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the pipeline's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the pipeline's.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Pictures a second. Default: the pipeline's, or 8.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos at a time.")] = 8,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
+    names: Annotated[str, typer.Option(help="number (0000.mp4) or vbench (videos/PROMPT-0.mp4).")] = "number",
+    per_prompt: Annotated[int, typer.Option(min=1, help="Videos of each prompt; VBench wants 5.")] = 1,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Exact pixels, to be measured by evaluate.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what a stopped call with the same options made.")
+    ] = False,
+) -> None:
+    """Make videos with a generator.
+
+    Writes 0000.mp4, 0001.mp4, ... for any player, contact-sheet.png, prompts.jsonl (text, file, seed and settings of
+    each), and metadata.jsonl, which makes the folder one that score, evaluate and fit-ot-map read. With --names vbench
+    the folder videos/ is what VBench's evaluator takes as --videos_path.
+
+    Examples:
+
+      pisces sample --output /tmp/videos --prompt "a red square moves left" --guidance 2.5
+
+      pisces sample --pipeline packaged:wan-base --lora runs/pisces/final --prompts prompts.txt --output /tmp/after
+
+      pisces sample --prompts vbench.txt --names vbench --per-prompt 5 --output /tmp/vbench --resume
+    """
+    from pisces.commands.sample import sample as run
+    from pisces.data import read_prompts
+
+    if bool(prompt) == (prompts is not None):
+        raise ValueError("sample: give either --prompt (once or more) or --prompts FILE.")
+    texts = read_prompts(prompts) if prompts is not None else [text.strip() for text in prompt or []]
+    if not all(texts):
+        raise ValueError("sample: --prompt is empty, expected at least one word.")
+    files = run(
+        texts,
+        output,
+        pipeline=pipeline,
+        lora=lora,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        guidance_2=guidance_2,
+        n_frames=n_frames,
+        height=height,
+        width=width,
+        fps=fps,
+        batch_size=batch_size,
+        device=device,
+        names=names,
+        per_prompt=per_prompt,
+        lossless=lossless,
+        resume=resume,
+    )
+    typer.echo(f"wrote {len(files)} videos to {output}, see {output / 'contact-sheet.png'}")
+
+
+COMMANDS = (score, evaluate, explain, leverage, sample)

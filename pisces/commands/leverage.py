@@ -1,0 +1,108 @@
+"""`pisces leverage`: whether refining the attention of an encoder can matter at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from pisces.config import resolve_path
+from pisces.data import VideoReadError, atomic_path
+from pisces.encoders import load_encoder
+from pisces.rewards import leverage as measure
+from pisces.rewards.base import check_match_head
+from pisces.shards import Member, read_item
+
+SMALL = 0.1  # of a standard deviation: what moves the log-odds by less changes the order of few videos
+
+
+def leverage(
+    items: Sequence[tuple[Path | Member, str]], *, encoder: str, most: int, json_file: Path | None
+) -> tuple[dict[str, float], list[str]]:
+    """Measure the leverage of attention on the match score of an encoder, print it and how to read it.
+
+    Args:
+        items: (video, prompt) pairs; videos that match their prompts more and less say most.
+        encoder: directory of an encoder with a match head, or "packaged".
+        most: videos that are read, evenly spread over the items: all are held in memory.
+        json_file: receives the numbers.
+
+    Returns:
+        What `pisces.rewards.leverage` returns, and a line for each video that could not be read.
+
+    Raises:
+        FileNotFoundError: no such encoder.
+        ValueError: an encoder without a match head, or fewer than two readable videos.
+    """
+    model = load_encoder(resolve_path(encoder))
+    check_match_head(model, "leverage")
+    n = min(most, len(items))
+    chosen = [items[k * len(items) // n] for k in range(n)]
+    frames, prompts, unreadable = [], [], []
+    for file, prompt in tqdm(chosen, desc="reading", unit="video", disable=None):
+        try:
+            frames.append(read_item(file, n_frames=model.n_frames, size=model.size))
+            prompts.append(prompt)
+        except VideoReadError as error:
+            unreadable.append(f"skipped {file}: {error.why}")
+    if len(frames) < 2:
+        raise ValueError(
+            f"leverage: {len(frames)} of {n} videos could be read, expected at least two for a standard deviation."
+        )
+    found = measure(model, torch.stack(frames), prompts)
+    _print(found, len(frames), unreadable)
+    if json_file:
+        content = {"encoder": encoder, "videos": len(frames), **found, "reading": reading(found)}
+        with atomic_path(json_file) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return found, unreadable
+
+
+def reading(found: Mapping[str, float]) -> str:
+    """One sentence that says what the numbers mean.
+
+    Example:
+        >>> reading({"logit_std": 4.4, "partial_ot": 0.11, "uniform": 0.27}).split(":")[0]
+        'Even uniform attention moves the log-odds by 6% of their standard deviation only'
+    """
+    std = found["logit_std"]
+    if not std > 0:
+        return (
+            "All videos have the same log-odds: nothing can be said. Use videos that match their prompts more and less."
+        )
+    uniform, partial = found["uniform"] / std, found["partial_ot"] / std
+    if max(uniform, partial) < SMALL:
+        return (
+            f"Even uniform attention moves the log-odds by {uniform:.0%} of their standard deviation only: refining "
+            "the attention can hardly help or harm this encoder's reward."
+        )
+    if partial < SMALL:
+        return (
+            f"Attention matters to this encoder (uniform attention moves the log-odds by {uniform:.0%} of their "
+            f"standard deviation), but partial transport moves them by {partial:.0%} only: it changes the order of "
+            "few videos."
+        )
+    return (
+        f"Partial transport moves the log-odds by {partial:.0%} of their standard deviation (uniform attention by "
+        f"{uniform:.0%}): it can change the order of videos."
+    )
+
+
+def _print(found: Mapping[str, float], n: int, unreadable: Sequence[str]) -> None:
+    console, std = Console(), found["logit_std"]
+    table = Table()
+    for name in ("log-odds of a match", "value", "of the deviation"):
+        table.add_column(name, justify="left" if name.startswith("log") else "right", no_wrap=True)
+    table.add_row(f"standard deviation over {n} videos", f"{std:.3f}", "")
+    for name, key in (("moved by partial transport", "partial_ot"), ("moved by uniform attention", "uniform")):
+        table.add_row(name, f"{found[key]:.3f}", f"{found[key] / std:.0%}" if std > 0 else "")
+    console.print(table)
+    console.print(reading(found), highlight=False)
+    errors = Console(stderr=True, soft_wrap=True)
+    for line in unreadable:
+        errors.print(f"pisces: {line}", style="red", markup=False, highlight=False)
