@@ -50,7 +50,8 @@ MAX_SKIPPED_IN_A_ROW = 10
 FREE_SETTINGS = (
     "steps",
     "output.",
-    "validation.",
+    "validation.every",
+    "validation.guards.",
     "data.cache",
     "pipeline.decode.",
     "pipeline.gradient_checkpointing",
@@ -178,7 +179,10 @@ class Trainer:
                 if self.step % self.config.output.save_every == 0:
                     self.save()
                     saved_at = self.step
-                hacked = self._validate(log)
+                if (
+                    self._stopped_by is None
+                ):  # whoever sent a signal does not wait for videos: the resumed run makes them
+                    hacked = self._validate(log)
             if saved_at != self.step:
                 self.save()
         if self._stopped_by is not None and self.step < self.config.steps:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tiny_wan import PROMPTS, build_tiny_wan
 from torch import Tensor
 from toy_rewards import ColorReward
 
-from pisces.algorithms import Draft, FrozenBase
+from pisces.algorithms import Batch, Draft, FrozenBase
 from pisces.batches import PromptBatches
 from pisces.config import (
     DraftConfig,
@@ -32,7 +33,7 @@ from pisces.guards import alarms, alarms_in_a_row
 from pisces.measures import MEASURES
 from pisces.pipelines import WanAdapter, prepare
 from pisces.run_log import RunLog
-from pisces.trainer import Trainer
+from pisces.trainer import Interrupted, Trainer
 from pisces.validation import Validation
 
 LORA = LoraConfig(rank=2, alpha=4.0)
@@ -139,6 +140,24 @@ def test_a_resumed_run_has_validated_the_same(wan_dir: Path, tmp_path: Path) -> 
     log.write_text(log.read_text() + '{"step": 4, "reward": 9}\n{"step": 5, "rew')  # killed before the save
     make(wan_dir, tmp_path / "parts").fit()
     assert [record for record in records(tmp_path / "parts") if record["step"] != 3] == records(tmp_path / "whole")
+
+
+def test_a_signal_is_obeyed_before_videos_are_made(wan_dir: Path, tmp_path: Path) -> None:
+    make(wan_dir, tmp_path / "whole").fit()
+    stopped = make(wan_dir, tmp_path / "parts")
+    loss = stopped.algorithm.loss
+
+    def loss_with_signal(batch: Batch, generator: torch.Generator) -> Any:
+        if stopped.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return loss(batch, generator)
+
+    stopped.algorithm.loss = loss_with_signal  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        stopped.fit()
+    assert [record["step"] for record in records(tmp_path / "parts")] == [0]  # not the one of step 2
+    make(wan_dir, tmp_path / "parts").fit()
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
 
 
 def test_a_new_start_has_no_old_validation(wan_dir: Path, tmp_path: Path) -> None:
