@@ -241,7 +241,12 @@ def report(
 @app.command("make-tiny")
 @_reported
 def make_tiny(
-    name: Annotated[str, typer.Argument(help="wan, hunyuanvideo, hunyuanvideo15, cogvideox, ltx or mochi.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="wan, wan22, wan22-5b, hunyuanvideo, hunyuanvideo15, cogvideox, cogvideox15, ltx or mochi."
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(help="Folder to write; an older pipeline there is replaced.")],
     seed: Annotated[int, typer.Option(min=0, help="Of the weights.")] = 0,
 ) -> None:
@@ -266,7 +271,11 @@ def make_tiny(
 @_reported
 def plan(
     vae: Annotated[
-        str, typer.Argument(help="Diffusers folder (pipeline or autoencoder), or a class such as AutoencoderKLWan.")
+        str,
+        typer.Argument(
+            help="Diffusers folder (pipeline or autoencoder), a class such as AutoencoderKLWan, or a run's settings "
+            "(.yaml, preset:NAME)."
+        ),
     ],
     frames: Annotated[int, typer.Option(min=1, help="Frames of a video.")] = 81,
     height: Annotated[int, typer.Option(min=1, help="Pixels.")] = 480,
@@ -275,18 +284,34 @@ def plan(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     tiling: Annotated[bool, typer.Option("--tiling", help="The class's own spatial tiles.")] = False,
     budget: Annotated[str | None, typer.Option(help="Memory for the decode, such as 24GB: chooses what fits.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With settings of a run: replace one.")
+    ] = None,
 ) -> None:
-    """Predict the memory of decoding videos with gradient, for every method of pisces.decode.
+    """Predict the memory of decoding videos with gradient, for every method of pisces.decode, or of a training step.
 
-    Nothing is computed and no weights are read: the operations are run on tensors that have shapes only, at the true
-    size. It takes a minute or a few. With a budget, the exit code is 2 if nothing fits.
+    Nothing is computed: the operations are run on tensors that have shapes only, at the true size. It takes a minute
+    or a few. Of a decode no weights are read; with a budget, the exit code is 2 if nothing fits. Of a training run the
+    pipeline and one batch are read, and the size of the videos is the settings' own.
 
     Examples:
 
       pisces plan AutoencoderKLWan --budget 24GB
 
       pisces plan path/to/pipeline --frames 257 --height 256 --width 256
+
+      pisces plan preset:tiny-wan --set data.batch_size=4
     """
+    if vae.startswith("preset:") or vae.endswith((".yaml", ".yml")):
+        from pisces.commands.plan import plan_training
+        from pisces.config import load_config
+
+        typer.echo(plan_training(load_config(vae, settings or [])))
+        return
+    if settings:
+        raise ValueError(
+            f"plan: --set belongs to settings of a run, got {vae!r}, expected a .yaml file or preset:NAME."
+        )
     from pisces.commands.plan import plan as run
 
     typer.echo(

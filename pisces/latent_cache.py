@@ -119,7 +119,9 @@ class LatentCache:
     def _video_encoder(self) -> Any:
         # Tiles overlap and blend, so that they change the latents; they are no part of the configuration.
         tiled = bool(getattr(self.adapter.vae, "use_tiling", False))
-        return [_versions(VIDEO_SOFTWARE), module_digest(self.adapter.vae), tiled]
+        encoder = [_versions(VIDEO_SOFTWARE), module_digest(self.adapter.vae), tiled]
+        # Pipelines with one VAE may want one more latent frame or not.
+        return [*encoder, self.adapter.n_padding] if self.adapter.n_padding else encoder
 
     def _text_encoder(self) -> Any:
         parts: dict[str, str] = {}

@@ -58,11 +58,15 @@ class Processes:
         return values
 
     def add_up_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace every gradient by its sum over the processes."""
+        """Replace every gradient by its sum over the processes; what no process has a gradient of stays without."""
         if self.count == 1:
             return
-        for parameter in parameters:
-            if parameter.grad is None:  # this process broke off at a loss that is not finite
+        parameters = list(parameters)
+        found = self.gather([parameter.grad is not None for parameter in parameters])
+        for parameter, *somewhere in zip(parameters, *found, strict=True):
+            if not any(somewhere):
+                continue
+            if parameter.grad is None:  # an expert that others met, or a process that broke off
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
 

@@ -24,6 +24,7 @@ from pisces.batches import Batches
 from pisces.config import OptimizerConfig, TrainConfig
 from pisces.guards import alarms, alarms_in_a_row
 from pisces.pipelines.base import PipelineAdapter
+from pisces.pipelines.trainable import trained_parameters
 from pisces.processes import Processes
 from pisces.run_log import Record, RunLog
 from pisces.sections import flat
@@ -82,7 +83,7 @@ class Trainer:
         validation: what is sampled and scored meanwhile; None is nothing.
 
     Raises:
-        ValueError: if nothing in the transformer is trainable, or a step's micro-batches cannot be divided equally.
+        ValueError: if nothing in the denoisers is trainable, or a step's micro-batches cannot be divided equally.
 
     Example:
         >>> import tempfile
@@ -119,9 +120,9 @@ class Trainer:
         self.batches = batches
         self.validation = validation
         self.output = Path(config.output.dir)
-        self.parameters = {n: p for n, p in adapter.transformer.named_parameters() if p.requires_grad}
+        self.parameters = trained_parameters(adapter)
         if not self.parameters:
-            raise ValueError("Trainer: no parameter of the transformer requires a gradient. Call prepare first.")
+            raise ValueError("Trainer: no parameter of the denoiser requires a gradient. Call prepare first.")
         settings = config.optimizer
         self.processes = Processes()
         if settings.accumulation % self.processes.count:

@@ -57,7 +57,6 @@ class LinearAdapter:
     def __init__(self, rate: float, levels: list[float]) -> None:
         self.rate = torch.tensor(rate, requires_grad=True)
         self.levels = torch.tensor(levels)
-        self.transformer = torch.nn.Linear(1, 1)
         self.device = torch.device("cpu")
 
     def sigmas(self, steps: int, shape: Any = None) -> Tensor:
@@ -66,7 +65,7 @@ class LinearAdapter:
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         return torch.zeros(len(prompts), 1, 1)
 
-    def velocity(self, latents: Tensor, sigma: Tensor, embeds: Tensor, *, transformer: Any = None) -> Tensor:
+    def velocity(self, latents: Tensor, sigma: Tensor, embeds: Tensor, *, denoisers: Any = None) -> Tensor:
         return self.rate * latents
 
 
@@ -198,7 +197,7 @@ def test_a_straight_flow_is_consistent(seed: int) -> None:
     class Straight(LinearAdapter):
         """All probability at x0 = 0: v = x / sigma, so every level extrapolates to 0."""
 
-        def velocity(self, latents: Tensor, sigma: Tensor, embeds: Tensor, *, transformer: Any = None) -> Tensor:
+        def velocity(self, latents: Tensor, sigma: Tensor, embeds: Tensor, *, denoisers: Any = None) -> Tensor:
             return self.rate * latents / sigma.view(-1, 1, 1, 1, 1).clamp(min=1e-6)
 
     levels = [1.0, 0.7, 0.3, 0.0]

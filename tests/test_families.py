@@ -76,7 +76,8 @@ def test_samples_are_those_of_the_pipelines_call(adapter: PipelineAdapter, guida
     noise = adapter.noise(2)
     ours = adapter.decode(adapter.sample(PROMPTS, steps=4, guidance_scale=guidance, noise=noise))
     theirs = own_call(adapter, noise, steps=4, guidance=guidance)
-    assert ours.shape == theirs.shape == (2, adapter.defaults["n_frames"], 3, 32, 32)
+    n_frames, height, width = adapter.video_size()
+    assert ours.shape == theirs.shape == (2, n_frames, 3, height, width)
     assert ours.std() > 0.02  # neither grey nor saturated
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     # Negative controls: other steps, and prompts that do not arrive
@@ -110,15 +111,19 @@ def test_a_step_moves_the_adapter_alone_and_it_loads(
     adapter: PipelineAdapter, directory: Path, tmp_path: Path, seed: int
 ) -> None:
     prepare(adapter, LoraConfig(rank=2, alpha=4.0), seed=seed)
-    before = {n: p.detach().clone() for n, p in adapter.transformer.named_parameters()}
-    algorithm = Draft(adapter, ColorReward(), FrozenBase(adapter), steps=3, last_k=2, checkpointing=True)
-    optimizer = torch.optim.AdamW([p for p in adapter.transformer.parameters() if p.requires_grad], lr=0.05)
+    parameters = {
+        f"{name}.{key}": p for name, denoiser in adapter.denoisers.items() for key, p in denoiser.named_parameters()
+    }
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+    last_k = 1 + len(adapter.denoisers)  # of Wan 2.2 the first of the steps is the first expert's
+    algorithm = Draft(adapter, ColorReward(), FrozenBase(adapter), steps=3, last_k=last_k, checkpointing=True)
+    optimizer = torch.optim.AdamW([p for p in parameters.values() if p.requires_grad], lr=0.05)
     for step in range(2):  # in the first one B is zero, so A does not move
         optimizer.zero_grad()
         loss, _ = algorithm.loss(Batch(PROMPTS), torch.Generator().manual_seed(seed + step))
         loss.backward()
         optimizer.step()
-    moved = {n for n, p in adapter.transformer.named_parameters() if not torch.equal(p, before[n])}
+    moved = {n for n, p in parameters.items() if not torch.equal(p, before[n])}
     wanted = {n for n in before if "lora_" in n}
     assert moved <= wanted
     assert len(moved) > 0.7 * len(wanted)  # the rest does not reach the last layer's video tokens
@@ -132,12 +137,14 @@ def test_a_step_moves_the_adapter_alone_and_it_loads(
         pipe.load_lora_weights(folder)
     else:  # HunyuanVideo 1.5
         pipe.transformer.load_lora_adapter(folder, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    if len(adapter.denoisers) > 1:
+        pipe.load_lora_weights(f"{folder}/transformer_2", load_into_transformer_2=True)
     again = type(adapter)(pipe, defaults=adapter.defaults).sample(PROMPTS[:1], noise=noise)
     torch.testing.assert_close(again, trained, rtol=0, atol=1e-5)
 
 
 def test_names_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got 'sora', expected one of wan, hunyuanvideo"):
+    with pytest.raises(ValueError, match="got 'sora', expected one of wan, wan22, wan22-5b, hunyuanvideo"):
         make_tiny("sora", tmp_path)
 
 
@@ -174,7 +181,7 @@ def test_the_command_writes_what_train_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("cogvideox", lambda pipe: pipe.transformer.register_to_config(patch_size_t=2), "CogVideoX 1.5"),
+        ("cogvideox", lambda pipe: pipe.transformer.register_to_config(patch_size_t=4), "patch_size_t 4"),
         ("cogvideox", lambda pipe: pipe.scheduler.register_to_config(prediction_type="epsilon"), "'v_prediction'"),
         ("cogvideox", lambda pipe: pipe.scheduler.register_to_config(timestep_spacing="linspace"), "'trailing'"),
         ("mochi", lambda pipe: pipe.scheduler.register_to_config(invert_sigmas=False), "invert_sigmas false"),
@@ -191,6 +198,19 @@ def test_cogvideox_takes_pairs_of_latents() -> None:
     pipe, defaults = TINY["cogvideox"]()
     with pytest.raises(ValueError, match=r"got 5 frames, expected 1 \+ a multiple of 8 .* Use 9"):
         ADAPTERS["CogVideoXPipeline"](pipe, defaults=defaults).latent_shape(n_frames=5)
+
+
+def test_cogvideox15_has_one_latent_frame_in_front() -> None:
+    pipe, defaults = TINY["cogvideox15"]()
+    adapter = ADAPTERS["CogVideoXPipeline"](pipe, defaults=defaults)
+    assert adapter.latent_shape() == (4, 4, 4, 4)
+    frames = torch.rand(1, 9, 3, 32, 32)
+    latents = adapter.encode_frames(frames)
+    older = ADAPTERS["CogVideoXPipeline"](TINY["cogvideox"]()[0], defaults=defaults)
+    older.pipe.register_modules(vae=pipe.vae)
+    assert torch.equal(latents[:, :, 1:], older.encode_frames(frames))
+    assert torch.equal(latents[:, :, 0], latents[:, :, 1])
+    assert torch.equal(adapter.decode(latents), older.decode(latents[:, :, 1:]))
 
 
 def test_the_shift_of_ltx_is_that_of_the_videos() -> None:

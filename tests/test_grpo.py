@@ -95,7 +95,7 @@ class Line:
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         return {"encoder_hidden_states": torch.zeros(len(prompts), 1, 1)}
 
-    def velocity(self, x: Tensor, sigma: Tensor, embeds: Any, *, transformer: Any = None) -> Tensor:
+    def velocity(self, x: Tensor, sigma: Tensor, embeds: Any, *, denoisers: Any = None) -> Tensor:
         return self.rate * x
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -165,6 +165,14 @@ def test_a_name_depends_on_all_that_the_content_does(tmp_path: Path) -> None:
     assert [len(set(kind)) for kind in kinds] == [6, 5]  # each change has a name of its own
 
 
+def test_latents_with_a_frame_in_front_have_names_of_their_own(tmp_path: Path) -> None:
+    old, new = (load_pipeline(make_tiny(name, tmp_path / name)) for name in ("cogvideox", "cogvideox15"))
+    new.pipe.register_modules(vae=old.pipe.vae)
+    names_of(tmp_path / "cache", old)
+    assert names_of(tmp_path / "cache", old)[0] == "known"
+    assert names_of(tmp_path / "cache", new)[0] != "known"
+
+
 @pytest.mark.parametrize("name", ["wan", "hunyuanvideo", "hunyuanvideo15", "cogvideox", "ltx", "mochi"])
 def test_every_family_finds_its_prompts_again(tmp_path: Path, name: str) -> None:
     """Also from another folder, and after the tokenizers have been used."""

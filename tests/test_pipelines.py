@@ -204,10 +204,10 @@ def test_errors_name_what_is_missing(adapter: WanAdapter, wan_dir: Path, tmp_pat
         load_pipeline(tmp_path)
     with pytest.raises(TypeError, match="expected a diffusers WanPipeline"):
         WanAdapter(object())
-    wan22 = build_pipeline()
-    wan22.register_to_config(expand_timesteps=True)
-    with pytest.raises(ValueError, match=r"Wan 2\.2"):
-        WanAdapter(wan22)
+    half = build_pipeline()
+    half.register_to_config(boundary_ratio=0.875)
+    with pytest.raises(ValueError, match=r"got boundary_ratio 0\.875 with \['transformer'\], expected None"):
+        WanAdapter(half)
     with pytest.raises(ValueError, match="unknown defaults"):
         WanAdapter(build_pipeline(), defaults={"frames": 9})
     with pytest.raises(ValueError, match="n_frames is not given"):

@@ -97,6 +97,20 @@ def test_two_processes_are_one(wan_dir: Path, together: Path, tmp_path: Path, na
     assert len(list((together / name / "validation/step-00000004").glob("*.mp4"))) == 3
 
 
+def test_a_gradient_that_no_process_has_is_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW would take a zero for one: it decays weights and moments by it."""
+    two, (mine, theirs, neither) = Processes(), (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    two.count = 2
+    mine.grad = torch.ones(2)
+    monkeypatch.setattr(two, "gather", lambda value: [value, [False, True, False]])
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda gradient: gradient.add_(1))
+    two.add_up_gradients([mine, theirs, neither])
+    assert mine.grad.tolist() == [2, 2]
+    assert theirs.grad is not None
+    assert theirs.grad.tolist() == [1, 1]
+    assert neither.grad is None
+
+
 def test_alone_nothing_is_shared() -> None:
     alone = Processes()
     assert (alone.rank, alone.count, alone.is_main) == (0, 1, True)

@@ -77,29 +77,33 @@ class RewardModule(Protocol):
 
 
 class FrozenBase:
-    """The model as it was before training: the transformer with its LoRA adapter switched off, or a frozen copy.
+    """The model as it was before training: the denoisers with their LoRA adapters switched off, or frozen copies.
 
     Args:
-        adapter: the pipeline, its LoRA adapter already added if there is to be one, not yet trained.
+        adapter: the pipeline, its LoRA adapters already added if there are to be any, not yet trained.
     """
 
     def __init__(self, adapter: PipelineAdapter) -> None:
         self.adapter = adapter
-        self.copy: Any = None
+        self.copies: dict[str, Any] | None = None
         if not getattr(adapter.transformer, "peft_config", None):
-            self.copy = copy.deepcopy(adapter.transformer).requires_grad_(False).eval()
+            self.copies = {
+                name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in adapter.denoisers.items()
+            }
 
     @torch.no_grad()
     def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds) -> Tensor:
         """The base's velocity [B, C, t, h, w]; arguments as in ``PipelineAdapter.velocity``."""
-        if self.copy is not None:
-            return self.adapter.velocity(latents, sigma, prompt_embeds, transformer=self.copy)
-        transformer: Any = self.adapter.transformer
-        transformer.disable_adapters()
+        if self.copies is not None:
+            return self.adapter.velocity(latents, sigma, prompt_embeds, denoisers=self.copies)
+        models: list[Any] = list(self.adapter.denoisers.values())
+        for model in models:
+            model.disable_adapters()
         try:
             return self.adapter.velocity(latents, sigma, prompt_embeds)
         finally:
-            transformer.enable_adapters()
+            for model in models:
+                model.enable_adapters()
 
 
 def recomputed_velocity(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,8 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pisces.build import build_adapter, build_algorithm, build_batches, build_cache, video_size
+from pisces.config import TrainConfig
 from pisces.decode import choose, describe, latents_shape, plan_decode
 from pisces.decode.plan import METHODS, made_on_meta, size_text
+from pisces.pipelines import prepare
+from pisces.step_memory import MeanReward, predict_step
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,6 +73,43 @@ def plan(
     if limit is not None:
         lines.append(f"The least work within {size_text(limit)}: {choose(plans, limit).name}")
     return "\n".join(lines)
+
+
+def plan_training(config: TrainConfig) -> str:
+    """The memory of a training step, of the process that makes it.
+
+    Args:
+        config: of the run; its pipeline is read, its rewards are not.
+
+    Returns:
+        Text.
+
+    Raises:
+        ValueError: if the settings do not fit together, or the denoiser cannot be run on shapes.
+        FileNotFoundError: if a file that the settings name is not there.
+    """
+    config = dataclasses.replace(config, pipeline=dataclasses.replace(config.pipeline, device="cpu"))
+    adapter = build_adapter(config)
+    batch = build_batches(config, adapter, build_cache(config, adapter))[0]
+    checkpointing = config.pipeline.gradient_checkpointing
+    prepare(adapter, config.lora, seed=config.seed, gradient_checkpointing=checkpointing)
+    algorithm = build_algorithm(config, adapter, MeanReward())
+    found = predict_step(adapter, algorithm, batch, ema=config.optimizer.ema_decay > 0)
+    n_frames, height, width = adapter.video_size(**video_size(config))
+    total = found.weights_bytes + found.optimizer_bytes + found.peak_bytes
+    what = f"{config.algorithm.name}, {len(batch.prompts)} x {n_frames} frames of {height} x {width}"
+    return "\n".join(
+        [
+            f"{type(adapter).__name__}, {what}",
+            "",
+            f"{'weights':<46}{size_text(found.weights_bytes):>12}",
+            f"{'gradients, moments, averages':<46}{size_text(found.optimizer_bytes):>12}",
+            f"{'states, activations, frames at the peak':<46}{size_text(found.peak_bytes):>12}",
+            f"{'together':<46}{size_text(total):>12}",
+            "",
+            "Predicted from shapes. On top come the rewards' own networks and activations and the kernels' workspaces.",
+        ]
+    )
 
 
 def bytes_of(text: str) -> int:

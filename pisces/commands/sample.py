@@ -43,6 +43,7 @@ def sample(
     per_prompt: int = 1,
     lossless: bool = False,
     resume: bool = False,
+    guidance_2: float | None = None,
 ) -> list[Path]:
     """Sample videos of prompts and write mp4 files, a contact sheet, captions and settings.
 
@@ -69,6 +70,7 @@ def sample(
         lossless: at their own size without loss, to be measured; otherwise as every player shows them, small ones
             enlarged.
         resume: leave the files that an earlier call with the same settings wrote.
+        guidance_2: guidance of the expert for less noise, where a pipeline has two; None is `guidance`.
 
     Returns:
         The mp4 files.
@@ -91,6 +93,8 @@ def sample(
         "steps": steps or defaults.get("steps"),
         "guidance": guidance,
     }
+    if guidance_2 is not None:
+        settings["guidance_2"] = guidance_2
     rows = [
         {"prompt": text, "file_name": str(file.relative_to(output)), "seed": seed + i, **settings}
         for i, (text, file) in enumerate(zip(texts, files, strict=True))
@@ -105,7 +109,10 @@ def sample(
             part = missing[start : start + batch_size]
             noise = torch.cat([_noise(adapter, seed + i, n_frames, height, width) for i in part])
             few = [texts[i] for i in part]
-            frames = adapter.decode(adapter.sample(few, steps=steps, guidance_scale=guidance, noise=noise)).cpu()
+            latents = adapter.sample(
+                few, steps=steps, guidance_scale=guidance, guidance_scale_2=guidance_2, noise=noise
+            )
+            frames = adapter.decode(latents).cpu()
             if start == 0:  # what is to be made, before the first of it: a stopped call is resumed by it
                 for i in missing:  # of other settings, perhaps
                     files[i].unlink(missing_ok=True)

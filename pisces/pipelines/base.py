@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +22,15 @@ from pisces.pipelines.files import (
     whole_dir,
     write_defaults,
 )
+from pisces.pipelines.lora import load_lora, save_lora
 from pisces.pipelines.prompt_memory import PromptMemory
+from pisces.pipelines.sampling import euler, guidance_scales
 
 PromptEmbeds = dict[str, Tensor]
 """What the denoiser is told about B prompts: tensors [B, ...] by the names of its arguments."""
+
+Denoisers = Mapping[str, nn.Module]
+"""Denoisers by the names that the pipeline has for them: ``transformer``, with Wan 2.2 ``transformer_2`` too."""
 
 
 class PipelineAdapter(ABC):
@@ -71,10 +74,10 @@ class PipelineAdapter(ABC):
         self.prompt_memory = PromptMemory(lambda text: {k: v[0] for k, v in self.embed_prompts([text]).items()})
         self.check()
         pipe.set_progress_bar_config(disable=True)
-        for part in pipe.components.values():
+        for part_name, part in pipe.components.items():
             if isinstance(part, nn.Module):
                 part.eval()
-                if part is not pipe.transformer:
+                if part_name not in self.denoisers:
                     part.requires_grad_(False)
 
     @classmethod
@@ -99,7 +102,7 @@ class PipelineAdapter(ABC):
             decoding: options of :func:`pisces.decode.decode`; None takes its own.
 
         Returns:
-            The adapter; all but the denoiser is frozen.
+            The adapter; all but the denoisers is frozen.
 
         Raises:
             FileNotFoundError: if there is no such directory or it holds no diffusers pipeline.
@@ -139,7 +142,7 @@ class PipelineAdapter(ABC):
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
     def velocity(
-        self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, transformer: nn.Module | None = None
+        self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, denoisers: Denoisers | None = None
     ) -> Tensor:
         """The predicted velocity ``noise - x0`` at noise level ``sigma``: the model's output at timestep 1000 sigma.
 
@@ -147,34 +150,36 @@ class PipelineAdapter(ABC):
             latents: [B, C, t, h, w].
             sigma: [B] or a 0-dim tensor, in [0, 1].
             prompt_embeds: of B prompts.
-            transformer: another denoiser of the same architecture (a frozen copy); None is the adapter's own.
+            denoisers: others of the same architecture (frozen copies) under the same names; None is the adapter's own.
 
         Returns:
             [B, C, t, h, w], float32.
         """
-        return self.predict(latents, self.timestep(sigma), prompt_embeds, transformer)
+        return self.predict(latents, self.timestep(sigma), prompt_embeds, denoisers)
 
     def predict(
         self,
         hidden_states: Tensor,
         timestep: Tensor,
         prompt_embeds: PromptEmbeds,
-        transformer: nn.Module | None = None,
+        denoisers: Denoisers | None = None,
+        name: str = "transformer",
         **more: Any,
     ) -> Tensor:
-        """The denoiser's own output, in float32, for states in its own layout.
+        """A denoiser's own output, in float32, for states in its own layout.
 
         Args:
             hidden_states: [B, ...].
-            timestep: [B] or 0-dim.
+            timestep: [B], 0-dim, or [B, L] where each token has its own.
             prompt_embeds: of B prompts.
-            transformer: as for :meth:`velocity`.
+            denoisers: as for :meth:`velocity`.
+            name: which of them.
             **more: further arguments of the denoiser.
         """
-        model: Any = self.transformer if transformer is None else transformer
+        model: Any = (denoisers or self.denoisers)[name]
         output: Tensor = model(
             hidden_states=hidden_states.to(model.dtype),
-            timestep=timestep.expand(len(hidden_states)),
+            timestep=timestep.expand(len(hidden_states), *timestep.shape[1:]),
             return_dict=False,
             **prompt_embeds,
             **more,
@@ -208,6 +213,11 @@ class PipelineAdapter(ABC):
         """C."""
         return int(self.vae.config.latent_channels)
 
+    @property
+    def n_padding(self) -> int:
+        """Latent frames that the denoiser wants in front of the video's own."""
+        return 0
+
     def shift(self, shape: tuple[int, ...]) -> float:
         """The scheduler's time shift (``shift``, or ``flow_shift`` in the UniPC scheduler) for latents [C, t, h, w]."""
         config = self.pipe.scheduler.config
@@ -231,9 +241,18 @@ class PipelineAdapter(ABC):
     # ------------------------------------------------------------------ parts
 
     @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """The only parts that post-training changes, by name."""
+        return {"transformer": self.pipe.transformer}
+
+    @property
     def transformer(self) -> nn.Module:
-        """The denoiser: the only part that post-training changes."""
+        """The denoiser; where there are several, the one for most noise."""
         return self.pipe.transformer
+
+    def denoiser_name(self, sigma: Tensor) -> str:
+        """Which of the denoisers is meant for a noise level, 0-dim."""
+        return "transformer"
 
     @property
     def vae(self) -> nn.Module:
@@ -400,6 +419,7 @@ class PipelineAdapter(ABC):
         steps: int | None = None,
         generator: torch.Generator | None = None,
         guidance_scale: float = 1.0,
+        guidance_scale_2: float | None = None,
         n_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -412,6 +432,7 @@ class PipelineAdapter(ABC):
             steps: sampler steps; None takes the directory's default, as for the sizes.
             generator: source of the noise.
             guidance_scale: classifier-free guidance against the empty prompt; 1 is off.
+            guidance_scale_2: the same of the denoiser for less noise (Wan 2.2); None is ``guidance_scale``.
             n_frames: T.
             height: H in pixels.
             width: W in pixels.
@@ -419,23 +440,18 @@ class PipelineAdapter(ABC):
 
         Returns:
             [B, C, t, h, w], float32; :meth:`decode` makes frames of them.
+
+        Raises:
+            ValueError: if a scale is below 1, or there is a second one for a single denoiser or without a first.
         """
         embeds = self.encode_prompts(prompts) if isinstance(prompts, list) else prompts
         batch_size = len(next(iter(embeds.values())))
-        if not math.isfinite(guidance_scale) or guidance_scale < 1.0:
-            raise ValueError(f"sample: got guidance_scale {guidance_scale}, expected a number >= 1 (1 is off).")
-        empty = self.encode_prompts([""] * batch_size) if guidance_scale > 1.0 else None
+        scales = guidance_scales(guidance_scale, guidance_scale_2, n_denoisers=len(self.denoisers))
         if noise is None:
             noise = self.noise(batch_size, generator=generator, n_frames=n_frames, height=height, width=width)
         latents = noise.to(self.device, torch.float32)
         sigmas = self.sigmas(self.default("steps", steps), tuple(latents.shape[1:]))
-        for sigma, sigma_next in itertools.pairwise(sigmas):
-            velocity = self.velocity(latents, sigma, embeds)
-            if empty is not None:
-                unconditional = self.velocity(latents, sigma, empty)
-                velocity = unconditional + guidance_scale * (velocity - unconditional)
-            latents = latents + (sigma_next - sigma) * velocity
-        return latents
+        return euler(self, latents, sigmas, embeds, scales)
 
     # ------------------------------------------------------------------ files
 
@@ -457,7 +473,9 @@ class PipelineAdapter(ABC):
     def save_lora(self, path: str | Path) -> Path:
         """Write the active LoRA adapter as ``pipe.load_lora_weights(path)`` reads it, rank and alpha included.
 
-        A pipeline without that method (HunyuanVideo 1.5) reads it by
+        That of Wan 2.2's second denoiser is in the folder ``transformer_2`` of it, for
+        ``pipe.load_lora_weights(path + "/transformer_2", load_into_transformer_2=True)``. A pipeline without that
+        method (HunyuanVideo 1.5) reads it by
         ``pipe.transformer.load_lora_adapter(path, prefix=None, weight_name="pytorch_lora_weights.safetensors")``.
 
         Args:
@@ -467,25 +485,9 @@ class PipelineAdapter(ABC):
             The directory.
 
         Raises:
-            ValueError: if the transformer has no LoRA adapter.
+            ValueError: if a denoiser has no LoRA adapter.
         """
-        from peft.utils import get_peft_model_state_dict
-
-        configs = getattr(self.transformer, "peft_config", None)
-        if not configs:
-            raise ValueError("save_lora: the transformer has no LoRA adapter. Add one first, or save_pretrained.")
-        name = next(iter(configs))  # "default" of prepare, "default_0" of load_lora
-        with whole_dir(path) as partial:
-            if not hasattr(self.pipe, "save_lora_weights"):
-                self.pipe.transformer.save_lora_adapter(str(partial), adapter_name=name)
-                return Path(path)
-            self.pipe.save_lora_weights(
-                str(partial),
-                transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=name),
-                # Without it the loader takes alpha = rank.
-                transformer_lora_adapter_metadata=configs[name].to_dict(),
-            )
-        return Path(path)
+        return save_lora(self, path)
 
     def load_lora(self, file: str | Path) -> None:
         """Load a LoRA file that :meth:`save_lora` or a diffusers trainer wrote.
@@ -494,15 +496,7 @@ class PipelineAdapter(ABC):
             file: the ``.safetensors`` file; its name is passed on, since diffusers cannot look for it offline.
 
         Raises:
+            FileNotFoundError: if it is not there, or the one of the second denoiser is not beside it.
             ValueError: if it is of another model.
         """
-        folder, name = str(Path(file).parent), Path(file).name
-        try:
-            if hasattr(self.pipe, "load_lora_weights"):
-                self.pipe.load_lora_weights(folder, weight_name=name, local_files_only=True)
-            else:
-                self.pipe.transformer.load_lora_adapter(folder, prefix=None, weight_name=name, local_files_only=True)
-        except RuntimeError as error:  # torch lists every tensor whose shape differs
-            raise ValueError(f"load_lora: the LoRA {str(file)!r} is of another model than this pipeline.") from error
-        if not getattr(self.transformer, "peft_config", None):  # diffusers only warns: samples would be the base's
-            raise ValueError(f"load_lora: {str(file)!r} holds no LoRA for this pipeline's transformer.")
+        load_lora(self, file)

@@ -1,4 +1,4 @@
-"""CogVideoX 1.0 text-to-video (diffusers ``CogVideoXPipeline``), its diffusion seen as a flow."""
+"""CogVideoX 1.0 and 1.5 text-to-video (diffusers ``CogVideoXPipeline``), its diffusion seen as a flow."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import copy
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
+from pisces.pipelines.base import Denoisers, PipelineAdapter, PromptEmbeds
 
 
 class CogVideoXAdapter(PipelineAdapter):
@@ -22,17 +22,20 @@ class CogVideoXAdapter(PipelineAdapter):
     An Euler step of that flow is a DDIM step. Samples equal ``pipe(...)`` with the scheduler ``CogVideoXDDIMScheduler``
     for the same noise and a number of steps that divides its 1,000; a ``CogVideoXDPMScheduler`` is stepped by DDIM
     on its own noise levels.
+
+    CogVideoX 1.5 takes latent frames in pairs, and videos have an odd number of them: there is one more in front, which
+    is noise like the others for the sampler, a copy of the first one in training, and dropped before decoding.
     """
 
     pipeline_class: ClassVar[str] = "CogVideoXPipeline"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     def check(self) -> None:
-        """Refuse CogVideoX 1.5 and other predictions."""
-        if self.pipe.transformer.config.patch_size_t is not None:
+        """Refuse other patches in time and other predictions than those of CogVideoX 1.0 and 1.5."""
+        patch = self.pipe.transformer.config.patch_size_t
+        if patch not in (None, 2):
             raise ValueError(
-                "CogVideoXAdapter: got a CogVideoX 1.5 pipeline (patches in time, which want padded videos), "
-                "expected CogVideoX 1.0."
+                f"CogVideoXAdapter: the transformer has patch_size_t {patch}, expected null (CogVideoX 1.0) or 2 (1.5)."
             )
         kind = self.pipe.scheduler.config.prediction_type
         if kind != "v_prediction":
@@ -52,7 +55,7 @@ class CogVideoXAdapter(PipelineAdapter):
         return {"encoder_hidden_states": embeds}
 
     def velocity(
-        self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, transformer: nn.Module | None = None
+        self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, denoisers: Denoisers | None = None
     ) -> Tensor:
         """The model's v at the timestep whose noise level is nearest, as a velocity."""
         sigma = sigma.expand(latents.shape[0]).to(latents.device)
@@ -66,7 +69,7 @@ class CogVideoXAdapter(PipelineAdapter):
         if self.pipe.transformer.config.use_rotary_positional_embeddings:
             stride = self.pipe.vae_scale_factor_spatial
             rotary = self.pipe._prepare_rotary_positional_embeddings(h * stride, w * stride, t, latents.device)
-        v = self.predict(state.transpose(1, 2), timestep, prompt_embeds, transformer, image_rotary_emb=rotary)
+        v = self.predict(state.transpose(1, 2), timestep, prompt_embeds, denoisers, image_rotary_emb=rotary)
         return (s - a) * state + (a + s) * v.transpose(1, 2)
 
     def grid(self, steps: int, shape: tuple[int, ...]) -> Tensor:
@@ -82,6 +85,20 @@ class CogVideoXAdapter(PipelineAdapter):
         a, s = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
         return s / (a + s)
 
+    @property
+    def n_padding(self) -> int:
+        """Latent frames in front of the video's own."""
+        return 0 if self.pipe.transformer.config.patch_size_t is None else 1
+
+    def vae_latents(self, video: Tensor) -> Tensor:
+        """The mode of the VAE's posterior, its first frame once more in front where CogVideoX 1.5 was trained so."""
+        latents = super().vae_latents(video)
+        return torch.cat([*[latents[:, :, :1]] * self.n_padding, latents], dim=2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames of normalised latents without those in front, differentiable: see :meth:`PipelineAdapter.decode`."""
+        return super().decode(latents[:, :, self.n_padding :])
+
     def normalize(self, latents: Tensor) -> Tensor:
         """Times the VAE's scaling factor."""
         return latents * self.pipe.vae_scaling_factor_image
@@ -93,16 +110,18 @@ class CogVideoXAdapter(PipelineAdapter):
     def latent_shape(
         self, *, n_frames: int | None = None, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int, int]:
-        """Shape (C, t, h, w) of the latents of one video; t is odd: the VAE decodes pairs, and the first with one more.
+        """Shape (C, t, h, w) of the latents of one video, the one in front included.
+
+        Without it t is odd: the VAE decodes pairs, and the first with one more.
 
         Raises:
             ValueError: if a size is missing or does not fit.
         """
-        shape = super().latent_shape(n_frames=n_frames, height=height, width=width)
-        if shape[1] % 2 == 0:
+        c, t, h, w = super().latent_shape(n_frames=n_frames, height=height, width=width)
+        if t % 2 == 0:
             frames, stride = self.default("n_frames", n_frames), self.strides[0]
             raise ValueError(
                 f"CogVideoXAdapter: got {frames} frames, expected 1 + a multiple of {2 * stride} (its VAE takes two "
                 f"latent frames at a time). Use {frames + stride}."
             )
-        return shape
+        return c, t + self.n_padding, h, w

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
+from pisces.pipelines.base import Denoisers, PipelineAdapter, PromptEmbeds
 
 # The guidance that HunyuanVideo's denoiser was distilled with, as a number that it is told: the pipeline's default.
 EMBEDDED_GUIDANCE = 6.0
@@ -55,12 +55,12 @@ class HunyuanVideoAdapter(_Hunyuan):
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "pooled_projections": pooled}
 
     def velocity(
-        self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, transformer: nn.Module | None = None
+        self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, denoisers: Denoisers | None = None
     ) -> Tensor:
         """The model's output at timestep ``1000 sigma``, told the guidance."""
         guidance = torch.full((len(latents),), EMBEDDED_GUIDANCE, dtype=self.pipe.transformer.dtype) * 1e3
         guidance = guidance.to(latents.device)
-        return self.predict(latents, self.timestep(sigma), prompt_embeds, transformer, guidance=guidance)
+        return self.predict(latents, self.timestep(sigma), prompt_embeds, denoisers, guidance=guidance)
 
 
 class HunyuanVideo15Adapter(_Hunyuan):
@@ -88,7 +88,7 @@ class HunyuanVideo15Adapter(_Hunyuan):
         }
 
     def velocity(
-        self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, transformer: nn.Module | None = None
+        self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, denoisers: Denoisers | None = None
     ) -> Tensor:
         """The model's output at timestep ``1000 sigma``, without an image to start from."""
         dtype = self.pipe.transformer.dtype
@@ -99,7 +99,7 @@ class HunyuanVideo15Adapter(_Hunyuan):
             torch.cat([latents, no_image], dim=1),
             self.timestep(sigma).to(dtype),
             prompt_embeds,
-            transformer,
+            denoisers,
             image_embeds=latents.new_zeros(batch_size, tokens, width, dtype=dtype),
         )
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
+from pisces.pipelines.base import Denoisers, PipelineAdapter, PromptEmbeds
 
 # LTXPipeline.__call__: the text tokens it was trained with, pictures a second, and the timestep that decoders which are
 # conditioned on one are told.
@@ -30,7 +30,7 @@ class LTXAdapter(PipelineAdapter):
         return self.masked_embeds(prompts, MAX_TEXT_TOKENS)
 
     def velocity(
-        self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, transformer: nn.Module | None = None
+        self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, denoisers: Denoisers | None = None
     ) -> Tensor:
         """The model's output at timestep ``1000 sigma``, from and to one token a patch."""
         _, _, t, h, w = latents.shape
@@ -40,7 +40,7 @@ class LTXAdapter(PipelineAdapter):
             self.pipe._pack_latents(latents, *patches),
             self.timestep(sigma),
             prompt_embeds,
-            transformer,
+            denoisers,
             num_frames=t,
             height=h,
             width=w,

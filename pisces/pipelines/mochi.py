@@ -6,9 +6,9 @@ import copy
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
+from pisces.pipelines.base import Denoisers, PipelineAdapter, PromptEmbeds
 
 MAX_TEXT_TOKENS = 256
 # MochiPipeline.__call__: where its grid turns from linear into quadratic.
@@ -39,10 +39,10 @@ class MochiAdapter(PipelineAdapter):
         return self.masked_embeds(prompts, MAX_TEXT_TOKENS)
 
     def velocity(
-        self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, transformer: nn.Module | None = None
+        self, latents: Tensor, sigma: Tensor, prompt_embeds: PromptEmbeds, *, denoisers: Denoisers | None = None
     ) -> Tensor:
         """Minus the model's output at timestep ``1000 (1 - sigma)``."""
-        return -self.predict(latents, self.timestep(1 - sigma), prompt_embeds, transformer)
+        return -self.predict(latents, self.timestep(1 - sigma), prompt_embeds, denoisers)
 
     def grid(self, steps: int, shape: tuple[int, ...]) -> Tensor:
         """Linear while there is much noise, then quadratic, as the pipeline has it."""

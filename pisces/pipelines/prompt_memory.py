@@ -50,6 +50,11 @@ class PromptMemory:
             self._last.popitem(last=False)
         return self._last[prompt]
 
+    def move(self, device: str) -> None:
+        """Hold what is remembered on a device."""
+        for prompt, embeds in self._last.items():
+            self._last[prompt] = {name: value.to(device) for name, value in embeds.items()}
+
     def clear(self) -> None:
         """Forget all: needed after a text encoder has changed."""
         self._last.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pisces.pipelines import ADAPTERS
 from pisces.pipelines.tiny_tokenizers import byte_tokenizer, chat_tokenizer, template_tokenizer
 
 SIZE = {"n_frames": 9, "height": 32, "width": 32, "steps": 4, "fps": 8}
-"""Defaults of a tiny pipeline; Mochi and LTX have their own."""
+"""Defaults of a tiny pipeline; Wan 2.2 with a timestep for each token, Mochi and LTX have their own."""
 
 
 def make_tiny(name: str, path: str | Path, *, seed: int = 0) -> Path:
@@ -54,11 +55,10 @@ def _flow(**config: Any) -> Any:
     return FlowMatchEulerDiscreteScheduler(**config)
 
 
-def _wan() -> tuple[Any, dict[str, int]]:
-    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-    from transformers import UMT5Config, UMT5EncoderModel
+def _wan_vae(**config: Any) -> Any:
+    from diffusers import AutoencoderKLWan
 
-    vae = AutoencoderKLWan(
+    return AutoencoderKLWan(
         base_dim=8,
         z_dim=4,
         dim_mult=[1, 1, 1, 1],
@@ -66,8 +66,14 @@ def _wan() -> tuple[Any, dict[str, int]]:
         temperal_downsample=[False, True, True],
         latents_mean=[0.1, -0.1, 0.2, 0.0],
         latents_std=[0.9, 1.1, 1.0, 1.2],
+        **config,
     )
-    transformer = WanTransformer3DModel(
+
+
+def _wan_transformer() -> Any:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
@@ -79,13 +85,35 @@ def _wan() -> tuple[Any, dict[str, int]]:
         num_layers=2,
         rope_max_seq_len=32,
     )
+
+
+def _wan(vae: Any = None, **more: Any) -> tuple[Any, dict[str, int]]:
+    from diffusers import WanPipeline
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    vae, transformer = vae or _wan_vae(), _wan_transformer()
     text = UMT5EncoderModel(
         UMT5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
     ).eval()
     pipe = WanPipeline(
-        tokenizer=byte_tokenizer(64), text_encoder=text, vae=vae, transformer=transformer, scheduler=_flow(shift=3.0)
+        tokenizer=byte_tokenizer(64),
+        text_encoder=text,
+        vae=vae,
+        transformer=transformer,
+        scheduler=_flow(shift=3.0),
+        **more,
     )
     return pipe, SIZE
+
+
+def _wan22() -> tuple[Any, dict[str, int]]:
+    return _wan(transformer_2=_wan_transformer(), boundary_ratio=0.875)  # as Wan2.2-T2V-A14B
+
+
+def _wan22_5b() -> tuple[Any, dict[str, int]]:
+    vae = _wan_vae(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16)
+    pipe, defaults = _wan(vae, expand_timesteps=True)
+    return pipe, defaults | {"width": 64}  # its tokens are 32 pixels a side
 
 
 def _hunyuanvideo() -> tuple[Any, dict[str, int]]:
@@ -195,7 +223,7 @@ def _hunyuanvideo15() -> tuple[Any, dict[str, int]]:
     return pipe, SIZE
 
 
-def _cogvideox() -> tuple[Any, dict[str, int]]:
+def _cogvideox(patch_size_t: int | None = None) -> tuple[Any, dict[str, int]]:
     from diffusers import (
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
@@ -223,6 +251,7 @@ def _cogvideox() -> tuple[Any, dict[str, int]]:
         sample_height=4,
         sample_frames=9,
         patch_size=2,
+        patch_size_t=patch_size_t,
         max_text_seq_length=64,
         use_rotary_positional_embeddings=True,
     )
@@ -311,9 +340,12 @@ def _mochi() -> tuple[Any, dict[str, int]]:
 
 TINY: dict[str, Callable[[], tuple[Any, dict[str, int]]]] = {
     "wan": _wan,
+    "wan22": _wan22,
+    "wan22-5b": _wan22_5b,
     "hunyuanvideo": _hunyuanvideo,
     "hunyuanvideo15": _hunyuanvideo15,
     "cogvideox": _cogvideox,
+    "cogvideox15": partial(_cogvideox, patch_size_t=2),
     "ltx": _ltx,
     "mochi": _mochi,
 }
