@@ -161,6 +161,30 @@ def test_words_carry_everything_and_the_mass_is_theirs(seed: int) -> None:
     assert (found.plan.sum(-1) <= share[:, None, None, None] * 1.01).all()
 
 
+def test_each_form_keeps_the_marginals_that_it_promises(seed: int) -> None:
+    encoder = tiny_encoder().double()
+    frames, prompts = some_videos(2, seed)
+    plans, share = {}, {}
+    for name, transport in (
+        ("balanced", Transport(tau=1.0, max_iters=5000, tol=1e-9)),
+        ("mass", Transport(mass=0.8, max_iters=5000, tol=1e-9)),
+        ("tau", Transport(max_iters=5000, tol=1e-9)),
+    ):
+        found = explain(encoder, frames.double(), prompts, transport, per_head=True)
+        assert found.plan is not None
+        n = len(found.words[0])
+        plans[name], share[name] = found.plan[0, ..., :n, :], 1 / n
+    rows, cols = {k: p.sum(-1) for k, p in plans.items()}, {k: p.sum(-2) for k, p in plans.items()}
+    torch.testing.assert_close(
+        rows["balanced"], torch.full_like(rows["balanced"], share["balanced"]), rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(cols["balanced"], torch.full_like(cols["balanced"], 1 / 64), rtol=1e-4, atol=0)
+    assert (rows["mass"] <= share["mass"] * (1 + 1e-6)).all()
+    assert (cols["mass"] <= (1 + 1e-6) / 64).all()
+    torch.testing.assert_close(rows["mass"].sum(-1), torch.full_like(rows["mass"].sum(-1), 0.8))
+    assert (rows["tau"].sum(-1) - 1).abs().max() > 1e-2  # neither marginal nor mass is kept
+
+
 def test_a_grid_has_every_token_at_its_place(seed: int) -> None:
     frames, prompts = some_videos(2, seed)
     found = explain(tiny_encoder(), frames, prompts)

@@ -165,6 +165,16 @@ def test_every_setting_of_the_transport_reaches_the_solver(monkeypatch: pytest.M
     assert seen["row_mask"].dtype == torch.bool  # type: ignore[attr-defined]
 
 
+def test_the_mass_of_a_word_cancels_in_the_fusion(seed: int) -> None:
+    """Why there is no mass-weighted form of the plan: the softmax of a row forgets a factor of the row."""
+    attention, plan = torch.rand(2, 3, 5, 64).softmax(-1), torch.rand(2, 3, 5, 64).softmax(-1)  # entries of 0.01
+    mass = 0.05 + 0.95 * torch.rand(2, 3, 5, 1)
+    normalised, weighted = (((attention + 1e-6).log() + (p + 1e-6).log()).softmax(-1) for p in (plan, mass * plan))
+    torch.testing.assert_close(weighted, normalised, rtol=4e-3, atol=0)  # up to 1e-6 / (mass * plan)
+    other = ((attention + 1e-6).log() + 0.5 * (plan + 1e-6).log()).softmax(-1)
+    assert (other - normalised).abs().max() > 1e-4
+
+
 def test_plans_hold_no_gradient(seed: int) -> None:
     """Gradients run through the attention: with the plan as a constant prior the same gradient comes out."""
     encoder = tiny_encoder()

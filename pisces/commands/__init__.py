@@ -1,1 +1,1 @@
-"""What the commands of `pisces` do; `pisces.cli` holds their options and help."""
+"""What the commands of `pisces` do; `pisces.cli` and `pisces.cli_videos` hold their options and help."""

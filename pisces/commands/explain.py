@@ -100,7 +100,7 @@ def _choose(what: str, number: int | None, n: int, *, default: int) -> int:
 
 def _seen(frames: Tensor, n: int) -> Tensor:
     """The frame [n, 3, H, W] in the middle of each of n token frames, which may cover several frames."""
-    middle = ((torch.arange(n) + 0.5) * len(frames) / n - 0.5).round().long()
+    middle = ((torch.arange(n) + 0.5) * len(frames) / n).long()
     return frames[middle]
 
 
