@@ -53,8 +53,7 @@ def alignment_metrics(alignment: Alignment, text: Tensor, video: Tensor, caption
     plain = F.normalize(text.detach(), dim=-1)
     with torch.no_grad():
         q, v = alignment.text(text), alignment.video(video)
-    number: dict[str, int] = {}
-    label = torch.tensor([number.setdefault(caption, len(number)) for caption in captions])
+    label = caption_numbers(captions)
     metrics = {
         "gap": float((q.mean(0) - v.mean(0)).norm()),
         "cosine": float((q * v).sum(-1).mean()),
@@ -76,6 +75,12 @@ def alignment_metrics(alignment: Alignment, text: Tensor, video: Tensor, caption
                     stacklevel=2,
                 )
     return metrics
+
+
+def caption_numbers(captions: Sequence[str]) -> Tensor:
+    """One whole number a caption, [n], equal for equal captions."""
+    number: dict[str, int] = {}
+    return torch.tensor([number.setdefault(caption, len(number)) for caption in captions])
 
 
 def retrieval_at_1(text: Tensor, video: Tensor, label: Tensor) -> float:
