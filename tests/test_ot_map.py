@@ -311,6 +311,21 @@ def test_metrics_of_no_alignment_are_the_plain_ones(seed: int) -> None:
         alignment_metrics(Alignment("none"), text, video[1:], captions)
 
 
+@pytest.mark.filterwarnings("ignore:alignment_metrics")
+def test_metrics_of_many_pairs_rank_some_of_them(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, video = normal(41, seed), normal(41, seed + 1)
+    captions = [str(i) for i in range(41)]
+    alignment = fit_alignment(text, video, kind="affine")
+    every, other = (alignment_metrics(alignment, text[::step], video[::step], captions[::step]) for step in (1, 2))
+    monkeypatch.setattr("pisces.ot_map.metrics.MOST_PAIRS", 21)
+    some = alignment_metrics(alignment, text, video, captions)
+    for name in ("spearman", "sinkhorn_divergence"):
+        assert some[name] == pytest.approx(other[name], rel=1e-5)
+        assert some[name] != pytest.approx(every[name], rel=1e-5)
+    rest = set(every) - {"spearman", "sinkhorn_divergence"}
+    assert {name: some[name] for name in rest} == {name: every[name] for name in rest}
+
+
 def test_a_map_that_harms_is_reported_and_one_that_helps_is_not() -> None:
     shared = F.normalize(normal(60, 20, 16), dim=-1)
     offset = torch.zeros(16)

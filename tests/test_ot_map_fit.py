@@ -268,6 +268,8 @@ def test_a_resumed_fit_is_the_same_fit(
     assert torch.equal(again.text(text), whole.text(text))
     with pytest.raises(CheckpointError, match=r"other lr\."):
         fit_alignment(text, video, checkpoints=tmp_path, **{**settings, "lr": 1.0})
+    with pytest.raises(CheckpointError, match=r"other held_out\."):
+        fit_alignment(text, video, checkpoints=tmp_path, **{**settings, "held_out": replace(held_out, metric="rho")})
     with pytest.raises(CheckpointError, match=r"other data\."):
         fit_alignment(text, video + 1, checkpoints=tmp_path, **settings)
     newest = list_checkpoints(tmp_path)[-1][1] / "network.safetensors"

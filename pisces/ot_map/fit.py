@@ -16,7 +16,7 @@ from pisces.ot_map.barycentric import entropic_map
 from pisces.ot_map.linear import affine_ot, procrustes, ridge
 from pisces.ot_map.metrics import caption_numbers, retrieval_at_1, rho
 from pisces.ot_map.network import NeuralOTMap
-from pisces.ot_map.neural import OBJECTIVES, MapSettings, Objective, Score, train_map
+from pisces.ot_map.neural import OBJECTIVES, MapSettings, Objective, Score, digest, train_map
 
 _LINEAR = {"affine": affine_ot, "procrustes": procrustes, "ridge": ridge}
 _UNIT = 1e-3  # lengths within it of 1 are those of normalised embeddings
@@ -176,6 +176,7 @@ def fit_alignment(
             target,
             MapSettings(hidden, steps, batch_size, lr, cost_weight, objective, seed),
             score=None if held_out is None else _scorer(kind, parts, held_out),
+            scored_on=None if held_out is None else f"{held_out.metric} {digest(held_out.text, held_out.video)}",
             check_every=check_every,
             checkpoints=None if checkpoints is None else Path(checkpoints),
             save_every=save_every,

@@ -176,6 +176,7 @@ def train_map(
     settings: MapSettings,
     *,
     score: Score | None = None,
+    scored_on: str | None = None,
     check_every: int = 1000,
     checkpoints: Path | None = None,
     save_every: int = 1000,
@@ -188,6 +189,7 @@ def train_map(
         target: [m, E] where to.
         settings: of the training.
         score: the map that scores best at a check is returned; None returns the last one.
+        scored_on: what the score depends on besides the map; a checkpoint of another one is refused.
         check_every: steps between checks; the last step is checked, too.
         checkpoints: folder for checkpoints; a fit that was stopped goes on from the newest, bit for bit.
         save_every: steps between checkpoints.
@@ -204,7 +206,12 @@ def train_map(
     best: dict[str, Tensor] = {}
     best_score: tuple[float, ...] | None = None
     best_step = 0
-    identity = {**asdict(settings), "check_every": check_every if score else None, "data": _digest(source, target)}
+    identity = {
+        **asdict(settings),
+        "check_every": check_every if score else None,
+        "held_out": scored_on,
+        "data": digest(source, target),
+    }
 
     def save() -> None:
         if checkpoints is not None:
@@ -250,7 +257,8 @@ def train_map(
     return fit.network, {"best_step": best_step}
 
 
-def _digest(*clouds: Tensor) -> str:
+def digest(*clouds: Tensor) -> str:
+    """Of the shapes, types and bytes of some tensors."""
     hasher = hashlib.sha256()
     for cloud in clouds:
         hasher.update(repr((tuple(cloud.shape), str(cloud.dtype))).encode())
