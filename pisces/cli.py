@@ -168,11 +168,20 @@ def encode(
 @app.command("fit-ot-map")
 @_reported
 def fit_ot_map(
-    videos: Annotated[Path, typer.Option(help="Folder or WebDataset shards of real videos with captions.")],
     output: Annotated[Path, typer.Option(help="The alignment to write, NAME.safetensors.")],
+    videos: Annotated[
+        Path | None, typer.Option(help="Folder or WebDataset shards of real videos with captions.")
+    ] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the embeddings; once filled, it replaces --videos.")
+    ] = None,
     encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
     kind: Annotated[
-        str, typer.Option(help="none, mean_shift, center, ot (the paper's map) or center_ot (centred first).")
+        str,
+        typer.Option(
+            help="none, mean_shift, center, affine, procrustes, ridge, barycentric, ot (the paper's map) or center_ot "
+            "(centred first)."
+        ),
     ] = "center_ot",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the fit; the paper uses 160000.")] = 1000,
     hidden: Annotated[
@@ -180,8 +189,34 @@ def fit_ot_map(
     ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate; the paper uses 1e-4.")] = 3e-4,
     batch_size: Annotated[int, typer.Option(min=1, help="Embeddings a batch.")] = 128,
+    cost_weight: Annotated[
+        float, typer.Option(help="Weight of the transport cost; the paper uses 1 / width of the embeddings.")
+    ] = 1.0,
+    objective: Annotated[str, typer.Option(help="Of the trained map: max_min (the paper's) or sinkhorn.")] = "max_min",
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper",
+            help="The paper's settings, in place of --kind, --steps, --hidden, --lr, --batch-size and --cost-weight.",
+        ),
+    ] = False,
+    choose: Annotated[
+        str, typer.Option(help="Which map of a training is kept: the best by r_at_1 (then rho) or rho, or the last.")
+    ] = "r_at_1",
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints of a training, which then goes on from there.")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also fit every kind that needs no training, and show them all.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write a page, NAME.html, and its picture, NAME.png.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the split and the fit.")] = 0,
-    held_out: Annotated[float, typer.Option(help="Share of the videos to measure on.")] = 0.2,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the videos to measure on; of the rest, the share to choose the map by.")
+    ] = 0.2,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
 ) -> None:
     """Fit the map that carries text embeddings onto the distribution of real-video embeddings.
 
@@ -189,26 +224,46 @@ def fit_ot_map(
     Unreadable videos are named and left out. The printed metrics are those of the held-out share; a warning says when
     the map makes the reward worse than no map.
 
+    With --embeddings a stopped call goes on where it was, and torchrun's processes divide the videos among themselves;
+    one of them fits. With --checkpoints SIGTERM or Ctrl-C saves the training, and the same command goes on from it,
+    bit for bit.
+
     Examples:
 
       pisces world write /tmp/shapes --n 512
 
       pisces fit-ot-map --videos /tmp/shapes --output /tmp/map.safetensors
+
+      torchrun --nproc-per-node 8 -m pisces fit-ot-map --videos clips --embeddings runs/clips --output a.safetensors
+
+      pisces fit-ot-map --embeddings runs/clips --paper --checkpoints runs/fit --output map.safetensors
     """
+    from pisces.commands.fit_ot_map import FitOptions
     from pisces.commands.fit_ot_map import fit_ot_map as run
     from pisces.ot_map.alignment import check_kind
 
     run(
-        videos,
         output,
+        videos=videos,
+        embeddings=embeddings,
         encoder=encoder,
-        kind=check_kind(kind, "fit-ot-map"),
-        steps=steps,
-        hidden=hidden,
-        lr=lr,
-        batch_size=batch_size,
-        seed=seed,
-        held_out=held_out,
+        options=FitOptions(
+            kind=check_kind(kind, "fit-ot-map"),
+            steps=steps,
+            hidden=hidden,
+            lr=lr,
+            batch_size=batch_size,
+            cost_weight=cost_weight,
+            objective=objective,  # type: ignore[arg-type]
+            choose=choose,  # type: ignore[arg-type]
+            checkpoints=checkpoints,
+            seed=seed,
+            held_out=held_out,
+        ),
+        paper=paper,
+        compare=compare,
+        report=report,
+        device=device,
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: contact sheets, reward curves, and (from `pisces.page`) one page that holds everything."""
+"""Pictures of a run: contact sheets, curves, embeddings, and (from `pisces.page`) one page that holds everything."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ __all__ = [
     "Text",
     "animated_sheet",
     "contact_sheet",
+    "embedding_plot",
     "html_page",
     "read_log",
     "reward_curves",
@@ -363,6 +364,81 @@ def reward_curves(
     )
     if title:
         figure.suptitle(title, fontsize=13, color=_INK)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", facecolor=_PAPER)
+    return Path(path)
+
+
+# Embeddings
+
+
+def embedding_plot(
+    path: str | os.PathLike[str], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], *, n_shown: int = 1000
+) -> Path:
+    """Draw embeddings of pairs before and after an alignment: a projection of each, and densities of their distances.
+
+    Both projections are onto the two principal axes of all four clouds together, so that they can be compared. The
+    distance is 1 - cosine, of a text to its own video and to the next pair's.
+
+    Args:
+        path: the .png to write.
+        before: text and video [n, E], row i of both from pair i, n >= 3.
+        after: the same, aligned.
+        n_shown: most pairs that are drawn, evenly spaced; the densities are of all.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: shapes that differ, or fewer than three pairs.
+
+    Example:
+        >>> text, video = torch.randn(2, 50, 8)
+        >>> embedding_plot("/tmp/pisces-embeddings.png", (text, video), (text + 1, video)).name
+        'pisces-embeddings.png'
+    """
+    clouds = [z.detach().float().cpu() for z in (*before, *after)]
+    if len({z.shape for z in clouds}) > 1 or clouds[0].dim() != 2 or len(clouds[0]) < 3:
+        raise ValueError(
+            f"embedding_plot: got shapes {[tuple(z.shape) for z in clouds]}, expected (n, E) four times, n at least 3."
+        )
+    _keep_home_clean()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    everything = torch.cat(clouds)
+    center = everything.mean(0)
+    axes = torch.linalg.svd(everything - center, full_matrices=False).Vh[:2]
+    shown = _spread(len(clouds[0]), n_shown)
+    figure = Figure(figsize=(13.2, 4.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3)
+    names = ("before", "after")
+    for side, panel in enumerate(panels[:2]):
+        for z, label, color in zip(clouds[2 * side :], ("texts", "videos"), _PALETTE, strict=False):
+            x, y = ((z[shown] - center) @ axes.T).T.tolist()
+            panel.scatter(x, y, s=9, alpha=0.5, color=color, linewidths=0, label=label)
+        panel.set_title(f"{names[side]}: two principal axes", fontsize=11, loc="left", color=_INK)
+    panels[0].sharex(panels[1])
+    panels[0].sharey(panels[1])
+    kinds = ((0, "own video", _PALETTE[2]), (1, "another video", _PALETTE[7]))
+    distances = [
+        (f"{label}, {names[side]}", color, (":", "-")[side], 1 - torch.cosine_similarity(text, video.roll(shift, 0)))
+        for side, (text, video) in enumerate((clouds[:2], clouds[2:]))
+        for shift, label, color in kinds
+    ]
+    low, high = (float(bound) for bound in torch.cat([distance for *_, distance in distances]).aminmax())
+    high = max(high, low + 1e-3)  # all may be equal
+    edges = torch.linspace(low, high, max(8, min(60, round(2 * len(everything) ** 0.5)))).tolist()
+    for label, color, style, distance in distances:
+        counts = torch.histogram(distance, torch.tensor(edges)).hist / (len(distance) * (edges[1] - edges[0]))
+        panels[2].stairs(counts.tolist(), edges, color=color, linestyle=style, linewidth=1.6, label=label)
+    panels[2].set_title("density of 1 - cosine to the text", fontsize=11, loc="left", color=_INK)
+    for panel in panels:
+        panel.grid(alpha=0.25, linewidth=0.6)
+        panel.tick_params(labelsize=8, colors=_FAINT)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=8, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", facecolor=_PAPER)
     return Path(path)

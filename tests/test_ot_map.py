@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from pisces.ot_map import (
     KINDS,
+    PAIRED,
     Alignment,
+    HeldOut,
     Kind,
     NeuralOTMap,
     alignment_metrics,
@@ -36,8 +38,17 @@ def example(kind: Kind, dim: int = E) -> Alignment:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         network = NeuralOTMap(dim, hidden=16)
-    means = {"text_mean": 0.3 * normal(1, 2, dim)[0], "video_mean": 0.3 * normal(1, 3, dim)[0]}
-    return Alignment(kind, **means, network=network, info={"n_text": 5})
+    parts = {"text_mean": 0.3 * normal(1, 2, dim)[0], "video_mean": 0.3 * normal(1, 3, dim)[0]}
+    parts |= {"matrix": normal(dim, 4, dim), "offset": normal(1, 5, dim)[0]}
+    anchors = F.normalize(normal(9, 6, dim), dim=-1)
+    parts |= {"anchors": anchors, "potential": 0.1 * normal(1, 7, 9)[0], "epsilon": torch.tensor(0.2)}
+    return Alignment(kind, **parts, network=network, info={"n_text": 5})
+
+
+def barycentre(y: Tensor, anchors: Tensor, potential: Tensor, epsilon: float) -> Tensor:
+    cost = (y[:, None] - anchors).square().sum(-1)
+    weights = ((potential - cost) / epsilon).exp()
+    return weights @ anchors / weights.sum(-1, keepdim=True)
 
 
 def gap(text: Tensor, video: Tensor) -> float:
@@ -49,15 +60,17 @@ def test_each_kind_does_what_its_table_says(kind: Kind, seed: int) -> None:
     alignment = example(kind)
     y, x = 3 * normal(7, seed), 2 * normal(7, seed + 1)
     n_y, n_x = F.normalize(y, dim=-1), F.normalize(x, dim=-1)
-    reference = example("center_ot")  # it has all the parts, whatever the kind keeps
-    m_y, m_x, network = reference.text_mean, reference.video_mean, reference.network
-    assert m_y is not None
-    assert m_x is not None
-    assert network is not None
+    m_y, m_x, network = (getattr(example("center_ot"), part) for part in ("text_mean", "video_mean", "network"))
+    linear = n_y @ example("affine").matrix + example("affine").offset
+    entropic = example("barycentric")
     text = {
         "none": n_y,
         "mean_shift": n_y + m_x - m_y,
         "center": n_y - m_y,
+        "affine": linear,
+        "procrustes": linear,
+        "ridge": linear,
+        "barycentric": barycentre(n_y, entropic.anchors, entropic.potential, 0.2),
         "ot": network(n_y),
         "center_ot": network(F.normalize(n_y - m_y, dim=-1)),
     }[kind]
@@ -65,6 +78,8 @@ def test_each_kind_does_what_its_table_says(kind: Kind, seed: int) -> None:
     torch.testing.assert_close(alignment.text(y), F.normalize(text, dim=-1))
     torch.testing.assert_close(alignment.video(x), F.normalize(video, dim=-1))
     torch.testing.assert_close(alignment.text(5 * y), alignment.text(y))  # scale does not matter
+    torch.testing.assert_close(alignment.text(y[0]), alignment.text(y)[0])  # nor do leading dimensions
+    torch.testing.assert_close(alignment.text(y[:, None]), alignment.text(y)[:, None])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,12 +92,17 @@ def test_save_and_load_give_the_same_alignment(kind: Kind, tmp_path: Path) -> No
     assert torch.equal(loaded.video(z), alignment.video(z))
 
 
-@pytest.mark.parametrize("layout", ["raw", "structured"])
+@pytest.mark.parametrize("layout", ["raw", "structured", "parallel"])
 def test_checkpoints_of_the_authors_load(layout: str, tmp_path: Path) -> None:
     network = NeuralOTMap(E, hidden=16)
     assert {k.rsplit(".", 1)[0] for k in network.state_dict()} == {f"net.{i}" for i in (0, 2, 3, 5, 6)}
     state = network.state_dict()
-    torch.save(state if layout == "raw" else {"T": state, "f": {}, "step": 160000}, tmp_path / "map.pt")
+    content = {
+        "raw": state,
+        "structured": {"T": state, "f": {}, "step": 160000},
+        "parallel": {f"module.{name}": value for name, value in state.items()},
+    }[layout]
+    torch.save(content, tmp_path / "map.pt")
     loaded = Alignment.load(tmp_path / "map.pt")
     assert loaded.kind == "ot"
     z = normal(4, 6)
@@ -133,6 +153,12 @@ def test_incomplete_alignments_are_refused() -> None:
         Alignment("ot")
     with pytest.raises(ValueError, match="one width"):
         Alignment("center", text_mean=torch.zeros(3), video_mean=torch.zeros(4))
+    with pytest.raises(ValueError, match="needs matrix and offset"):
+        Alignment("affine", matrix=torch.eye(3))
+    with pytest.raises(ValueError, match=r"\(E, E\)"):
+        Alignment("ridge", matrix=torch.zeros(4, 3), offset=torch.zeros(3))
+    with pytest.raises(ValueError, match="one number an anchor"):
+        Alignment("barycentric", anchors=torch.zeros(4, 3), potential=torch.zeros(3), epsilon=torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"expected \(\.\.\., 6\)"):
         example("center").text(torch.zeros(2, 5))
 
@@ -181,7 +207,17 @@ def test_fits_repeat_with_their_seed_and_leave_global_randomness_alone() -> None
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.text(text), second.text(text))
     assert not torch.equal(first.text(text), other.text(text))
-    assert first.info == {"n_text": 64, "n_video": 64, "hidden": 8, "steps": 3, "batch_size": 16, "seed": 0}
+    assert first.info == {
+        "n_text": 64,
+        "n_video": 64,
+        "hidden": 8,
+        "steps": 3,
+        "batch_size": 16,
+        "lr": 1e-4,
+        "cost_weight": 1.0,
+        "objective": "max_min",
+        "seed": 0,
+    }
 
 
 def test_fits_of_nothing_are_refused() -> None:
@@ -197,6 +233,17 @@ def test_fits_of_nothing_are_refused() -> None:
     for name in ("hidden", "steps", "batch_size"):
         with pytest.raises(ValueError, match=name):
             fit_alignment(text, text, **{name: 0})
+    for kind in PAIRED:
+        with pytest.raises(ValueError, match="8 texts and 7 videos, expected pairs"):
+            fit_alignment(text, text[:7], kind=kind)
+    with pytest.raises(ValueError, match="objective is 'magic'"):
+        fit_alignment(text, text, objective="magic")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="it would change nothing"):
+        fit_alignment(F.normalize(text, dim=-1), text, kind="ot", normalize_text=False)
+    with pytest.raises(ValueError, match="expected kind 'ot'"):
+        fit_alignment(text, text, kind="center_ot", normalize_text=False)
+    with pytest.raises(ValueError, match="held_out has"):
+        fit_alignment(text, text, held_out=HeldOut(text, text[:3], ["x"] * 8))
     with pytest.raises(ValueError, match="kind is 'bures'"):
         fit_alignment(text, text, kind="bures")  # type: ignore[arg-type]
 
@@ -262,6 +309,21 @@ def test_metrics_of_no_alignment_are_the_plain_ones(seed: int) -> None:
         alignment_metrics(Alignment("none"), text, video, captions[1:])
     with pytest.raises(ValueError, match="alignment_metrics"):
         alignment_metrics(Alignment("none"), text, video[1:], captions)
+
+
+@pytest.mark.filterwarnings("ignore:alignment_metrics")
+def test_metrics_of_many_pairs_rank_some_of_them(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, video = normal(41, seed), normal(41, seed + 1)
+    captions = [str(i) for i in range(41)]
+    alignment = fit_alignment(text, video, kind="affine")
+    every, other = (alignment_metrics(alignment, text[::step], video[::step], captions[::step]) for step in (1, 2))
+    monkeypatch.setattr("pisces.ot_map.metrics.MOST_PAIRS", 21)
+    some = alignment_metrics(alignment, text, video, captions)
+    for name in ("spearman", "sinkhorn_divergence"):
+        assert some[name] == pytest.approx(other[name], rel=1e-5)
+        assert some[name] != pytest.approx(every[name], rel=1e-5)
+    rest = set(every) - {"spearman", "sinkhorn_divergence"}
+    assert {name: some[name] for name in rest} == {name: every[name] for name in rest}
 
 
 def test_a_map_that_harms_is_reported_and_one_that_helps_is_not() -> None:

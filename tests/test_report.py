@@ -26,6 +26,7 @@ from pisces.report import (
     Text,
     animated_sheet,
     contact_sheet,
+    embedding_plot,
     html_page,
     read_log,
     reward_curves,
@@ -281,3 +282,20 @@ def test_faults_of_a_page_are_named(tmp_path: Path) -> None:
         with pytest.raises(kind, match=message):
             html_page(tmp_path / "p.html", "x", [("y", [block])])
     assert not (tmp_path / "p.html").exists()
+
+
+def test_embeddings_are_drawn_and_others_are_refused(tmp_path: Path, seed: int) -> None:
+    text, video = torch.randn(2, 40, 6)
+    path = embedding_plot(tmp_path / "e.png", (text, video), (text + 1, video), n_shown=10)
+    assert Pixels.open(path).size[0] > 1000
+    # one picture for one input, another for another
+    again = embedding_plot(tmp_path / "f.png", (text, video), (text + 1, video), n_shown=10)
+    other = embedding_plot(tmp_path / "g.png", (text, video), (text - 1, video), n_shown=10)
+    assert path.read_bytes() == again.read_bytes() != other.read_bytes()
+    same = torch.ones(3, 2)
+    embedding_plot(tmp_path / "same.png", (same, same), (same, same))  # nothing differs, and nothing fails
+    for bad in (text[:39], text[:, :5]):
+        with pytest.raises(ValueError, match="embedding_plot"):
+            embedding_plot(tmp_path / "h.png", (bad, video), (text, video))
+    with pytest.raises(ValueError, match="at least 3"):
+        embedding_plot(tmp_path / "h.png", (text[:2], video[:2]), (text[:2], video[:2]))

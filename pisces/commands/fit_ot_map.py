@@ -5,157 +5,317 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as ConsoleTable
 from torch import Tensor
 from tqdm import tqdm
 
 from pisces.config import resolve_path
-from pisces.data import VideoFolder, VideoReadError, VideoShards, open_videos
-from pisces.encoders import VideoTextEncoder, load_encoder
-from pisces.ot_map import Alignment, Kind, alignment_metrics, fit_alignment
+from pisces.data import open_videos
+from pisces.encoders import load_encoder
+from pisces.ot_map import (
+    KINDS,
+    NEURAL,
+    OBJECTIVES,
+    Alignment,
+    HeldOut,
+    Kind,
+    Objective,
+    alignment_metrics,
+    fit_alignment,
+    paper_settings,
+)
+from pisces.ot_map.embeddings import Embeddings, embed, extract, read_embeddings, wait_for_shards
+from pisces.pipelines.trainable import best_device
+from pisces.processes import Processes, join_processes
 
-BATCH_SIZE = 32
+Choice = Literal["r_at_1", "rho", "last"]
+CHOICES: tuple[Choice, ...] = get_args(Choice)
 MIN_HELD_OUT = 3  # what the metrics need
+CHECKS = 50  # how often in a training maps are compared
 DECIMALS = {"sinkhorn_divergence": 4}
+ADVICE = (
+    "r_at_1 (higher) and rho (lower) tell whether the reward gets better; gap, cosine and divergence improve even "
+    "where it gets worse."
+)
 
 
-def fit_ot_map(
-    videos: Path,
-    output: Path,
-    *,
-    encoder: str,
-    kind: Kind,
-    steps: int,
-    hidden: int | None,
-    lr: float,
-    batch_size: int,
-    seed: int,
-    held_out: float,
-) -> dict[str, dict[str, float]]:
-    """Embed captioned videos, fit an alignment on one part, measure it on the other, write it.
+@dataclass(frozen=True)
+class FitOptions:
+    """How the alignment is fitted.
 
-    Args:
-        videos: a captioned folder, or shards.
-        output: .safetensors file to write.
-        encoder: directory of an encoder, or "packaged".
+    Attributes:
         kind: kind of alignment.
         steps: outer steps of the Neural OT fit.
         hidden: width of its networks; None is twice the width of the embeddings and at least 128.
         lr: its learning rate.
         batch_size: its batch.
+        cost_weight: weight of its transport cost.
+        objective: "max_min" or "sinkhorn".
+        choose: the best of its maps by "r_at_1" or "rho" on pairs set aside for that, or the "last" one.
+        checkpoints: folder in which it is resumed; None keeps none.
         seed: of the split and of the fit.
-        held_out: share of the videos that is measured on and not fitted on.
+        held_out: share of the videos that is measured on and not fitted on, and as a share of the rest what is chosen
+            by.
+    """
+
+    kind: Kind = "center_ot"
+    steps: int = 1000
+    hidden: int | None = None
+    lr: float = 3e-4
+    batch_size: int = 128
+    cost_weight: float = 1.0
+    objective: Objective = "max_min"
+    choose: Choice = "r_at_1"
+    checkpoints: Path | None = None
+    seed: int = 0
+    held_out: float = 0.2
+
+
+def fit_ot_map(
+    output: Path,
+    *,
+    videos: Path | None,
+    embeddings: Path | None,
+    encoder: str,
+    options: FitOptions,
+    paper: bool = False,
+    compare: bool = False,
+    report: Path | None = None,
+    device: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Embed captioned videos, fit an alignment on one part, measure it on the other, write it.
+
+    Args:
+        output: .safetensors file to write.
+        videos: a captioned folder, or shards; None where `embeddings` holds all that is needed.
+        embeddings: folder in which embeddings are kept; None keeps them in memory.
+        encoder: directory of an encoder, or "packaged".
+        options: of the fit.
+        paper: take the paper's settings instead of those of `options`.
+        compare: fit all kinds without training, too.
+        report: .html to write, with a .png beside it.
+        device: of encoder and fit; None is the first GPU if there is one, else the CPU.
 
     Returns:
-        Metrics by kind: "none", "center" and the one fitted.
+        Metrics by kind; nothing in processes that embed only.
 
     Raises:
         FileNotFoundError: no such folder or encoder.
         ValueError: too few videos, a bad setting or output name.
     """
-    if output.suffix != ".safetensors":
-        raise ValueError(f"fit-ot-map: --output is {str(output)!r}, expected a name that ends in .safetensors.")
-    if not 0 < held_out < 1:
-        raise ValueError(f"fit-ot-map: --held-out is {held_out}, expected a share between 0 and 1.")
-    model = load_encoder(resolve_path(encoder))
-    text, video, captions = embed(open_videos(videos, n_frames=model.n_frames, size=model.size), model)
-    n_test = round(held_out * len(captions))
-    if n_test < MIN_HELD_OUT or len(captions) - n_test < 2:
-        raise ValueError(
-            f"fit-ot-map: {len(captions)} readable videos, {n_test} of them held out, expected at least "
-            f"{MIN_HELD_OUT} held out and 2 others. Give more videos."
-        )
-    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))
-    test, train = order[:n_test], order[n_test:]
-    width = hidden or max(128, 2 * text.shape[1])
-    alignment = fit_alignment(
-        text[train],
-        video[train],
-        kind=kind,
-        hidden=width,
-        steps=steps,
-        lr=lr,
-        batch_size=batch_size,
-        seed=seed,
-        progress=sys.stderr.isatty(),
-    )
+    _check(output, videos, embeddings, options, report)
+    joined = join_processes()
+    processes = Processes()
+    if processes.count > 1 and embeddings is None:
+        raise ValueError("fit-ot-map: several processes need a folder in which to meet. Add --embeddings DIR.")
+    place = torch.device(device or joined or best_device())
+    found, source = _embeddings(videos, embeddings, encoder, place, processes)
+    if not processes.is_main:
+        return {}
+    if paper:
+        options = replace(options, **paper_settings(found.text.shape[1]))
+    train, chosen_by, test = _split(found, options)
+    text, video = found.text.to(place), found.video.to(place)
+    alignment = _fit(text, video, found.captions, train, chosen_by, options)
+    alignment.info |= source
     # Beside the map stands what costs nothing: no alignment, and centring alone.
-    compared = {"none": Alignment("none"), "center": fit_alignment(text[train], video[train], kind="center")}
-    compared[kind] = alignment
-    test_captions = [captions[i] for i in test.tolist()]
-    results = {}
-    remarks: list[str] = []
-    for name, candidate in compared.items():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            results[name] = alignment_metrics(candidate, text[test], video[test], test_captions)
-        if name == kind:
-            remarks = [str(warning.message) for warning in caught]
+    kinds: list[Kind] = [kind for kind in KINDS if kind not in NEURAL] if compare else ["none", "center"]
+    compared: dict[Kind, Alignment] = {
+        kind: fit_alignment(text[train], video[train], kind=kind, seed=options.seed)
+        for kind in kinds
+        if kind != options.kind
+    }
+    compared[options.kind] = alignment
+    results, remarks = _measure(compared, text[test], video[test], [found.captions[i] for i in test.tolist()])
     alignment.save(output)
-    _print(results, remarks, n_train=len(train), n_test=n_test, output=output)
+    counts = f"fitted on {len(train)} videos, " + (f"chosen on {len(chosen_by)}, " if len(chosen_by) else "")
+    counts += f"measured on {len(test)} others"
+    _print(results, remarks[options.kind], counts, output)
+    if report is not None:
+        write_report(report, alignment, text[test], video[test], results, remarks[options.kind], counts)
     return results
 
 
-@torch.no_grad()
-def embed(videos: VideoFolder | VideoShards, model: VideoTextEncoder) -> tuple[Tensor, Tensor, list[str]]:
-    """Embed every readable video with its caption; unreadable ones are named on stderr and left out.
-
-    Returns:
-        text [n, E], video [n, E] and the n captions.
-    """
-    errors = Console(stderr=True, soft_wrap=True)
-    texts: list[Tensor] = []
-    embeddings: list[Tensor] = []
-    captions: list[str] = []
-    skipped = 0
-    bar = tqdm(total=len(videos), desc="embedding", unit="video", disable=None)
-    with bar:
-        for start in range(0, len(videos), BATCH_SIZE):
-            frames: list[Tensor] = []
-            words: list[str] = []
-            for i in range(start, min(start + BATCH_SIZE, len(videos))):
-                try:
-                    clip, caption = videos[i]
-                except VideoReadError as error:
-                    skipped += 1
-                    errors.print(f"pisces: skipped {error.path}: {error.why}", markup=False, highlight=False)
-                    continue
-                frames.append(clip)
-                words.append(caption)
-            if words:
-                texts.append(model.encode_text(words).embedding)
-                embeddings.append(model.encode_video(torch.stack(frames)).embedding)
-                captions += words
-            bar.update(min(BATCH_SIZE, len(videos) - start))
-    if skipped:
-        errors.print(f"pisces: {skipped} of {len(videos)} videos could not be read")
-    if not captions:
-        raise ValueError(f"fit-ot-map: none of the {len(videos)} videos in {str(videos.path)!r} could be read.")
-    return torch.cat(texts), torch.cat(embeddings), captions
-
-
-def _print(
-    results: dict[str, dict[str, float]], remarks: Sequence[str], *, n_train: int, n_test: int, output: Path
+def _check(
+    output: Path, videos: Path | None, embeddings: Path | None, options: FitOptions, report: Path | None
 ) -> None:
-    console = Console()
-    names = list(next(iter(results.values())))
-    table = Table(title=f"fitted on {n_train} videos, measured on {n_test} others", title_justify="left")
-    table.add_column("")
-    for kind in results:
-        table.add_column(kind, justify="right")
-    for name in names:
-        digits = DECIMALS.get(name, 3)
-        table.add_row(name, *(f"{metrics[name]:.{digits}f}" for metrics in results.values()))
-    console.print(table)
-    console.print(
-        "r_at_1 (higher) and rho (lower) tell whether the reward gets better; gap, cosine and divergence improve even "
-        "where it gets worse.",
-        style="dim",
+    if output.suffix != ".safetensors":
+        raise ValueError(f"fit-ot-map: --output is {str(output)!r}, expected a name that ends in .safetensors.")
+    if report is not None and report.suffix != ".html":
+        raise ValueError(f"fit-ot-map: --report is {str(report)!r}, expected a name that ends in .html.")
+    if videos is None and embeddings is None:
+        raise ValueError("fit-ot-map: give --videos, or --embeddings of a folder that an earlier call filled.")
+    if not 0 < options.held_out < 1:
+        raise ValueError(f"fit-ot-map: --held-out is {options.held_out}, expected a share between 0 and 1.")
+    for name, value, known in (
+        ("objective", options.objective, OBJECTIVES),
+        ("choose", options.choose, CHOICES),
+    ):
+        if value not in known:
+            raise ValueError(f"fit-ot-map: --{name} is {value!r}, expected one of {', '.join(known)}.")
+
+
+def _embeddings(
+    videos: Path | None, folder: Path | None, encoder: str, device: torch.device, processes: Processes
+) -> tuple[Embeddings, dict[str, Any]]:
+    """The embeddings, made where they are not there yet, and what the alignment's file says of their source."""
+    n_videos = 0
+    if videos is not None:
+        model = load_encoder(resolve_path(encoder)).to(device)
+        opened = open_videos(videos, n_frames=model.n_frames, size=model.size)
+        n_videos = len(opened)
+        with tqdm(total=-(-n_videos // processes.count), desc="embedding", unit="video", disable=None) as bar:
+            if folder is None:
+                found = embed(opened, model, range(len(opened)), device=device, progress=bar.update)
+            else:
+                extract(folder, opened, model, processes=processes, device=device, progress=bar.update)
+    source: dict[str, Any] = {}
+    if folder is not None:
+        if not processes.is_main:
+            return Embeddings(torch.empty(0), torch.empty(0), []), source
+        if processes.count > 1:
+            wait_for_shards(folder)
+        found, listing = read_embeddings(folder)
+        n_videos = listing["n_videos"]
+        source = {name: listing[name] for name in ("encoder", "encoder_sha256")}
+    errors = Console(stderr=True, soft_wrap=True)
+    for name, why in found.unreadable:
+        errors.print(f"pisces: skipped {name}: {why}", markup=False, highlight=False)
+    if found.unreadable:
+        errors.print(f"pisces: {len(found.unreadable)} of {n_videos} videos could not be read")
+    if not len(found):
+        raise ValueError(f"fit-ot-map: none of the {n_videos} videos in {str(videos or folder)!r} could be read.")
+    return found, source
+
+
+def _split(found: Embeddings, options: FitOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers of the pairs to fit on, to choose by (none, if there is nothing to choose) and to measure on."""
+    n = len(found)
+    n_test = round(options.held_out * n)
+    if n_test < MIN_HELD_OUT or n - n_test < 2:
+        raise ValueError(
+            f"fit-ot-map: {n} readable videos, {n_test} of them held out, expected at least {MIN_HELD_OUT} held out "
+            "and 2 others. Give more videos."
+        )
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(options.seed))
+    test, rest = order[:n_test], order[n_test:]
+    n_choose = round(options.held_out * len(rest)) if options.kind in NEURAL and options.choose != "last" else 0
+    if n_choose < MIN_HELD_OUT or len(rest) - n_choose < 2:
+        n_choose = 0
+    return rest[n_choose:], rest[:n_choose], test
+
+
+def _fit(
+    text: Tensor, video: Tensor, captions: Sequence[str], train: Tensor, chosen_by: Tensor, options: FitOptions
+) -> Alignment:
+    held_out = None
+    if len(chosen_by):
+        metric: Literal["r_at_1", "rho"] = "rho" if options.choose == "rho" else "r_at_1"
+        held_out = HeldOut(text[chosen_by], video[chosen_by], [captions[i] for i in chosen_by.tolist()], metric)
+    return fit_alignment(
+        text[train],
+        video[train],
+        kind=options.kind,
+        hidden=options.hidden or max(128, 2 * text.shape[1]),
+        steps=options.steps,
+        lr=options.lr,
+        batch_size=options.batch_size,
+        cost_weight=options.cost_weight,
+        objective=options.objective,
+        held_out=held_out,
+        check_every=max(1, options.steps // CHECKS),
+        checkpoints=options.checkpoints,
+        seed=options.seed,
+        progress=sys.stderr.isatty(),
     )
+
+
+def _measure(
+    compared: dict[Kind, Alignment], text: Tensor, video: Tensor, captions: list[str]
+) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
+    """Metrics and warnings of every alignment."""
+    results: dict[str, dict[str, float]] = {}
+    remarks: dict[str, list[str]] = {}
+    for kind, alignment in compared.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results[kind] = alignment_metrics(alignment, text, video, captions)
+        remarks[kind] = [str(warning.message) for warning in caught]
+    return results, remarks
+
+
+def write_report(
+    path: Path,
+    alignment: Alignment,
+    text: Tensor,
+    video: Tensor,
+    results: dict[str, dict[str, float]],
+    remarks: Sequence[str],
+    counts: str,
+) -> None:
+    """Write a page with the metrics and a picture of the held-out embeddings, and the picture beside it.
+
+    Args:
+        path: the .html; the picture is the .png of the same name.
+        alignment: the fitted one.
+        text: [n, E] held-out text embeddings.
+        video: [n, E] those of their videos.
+        results: metrics by kind.
+        remarks: warnings about the fitted one.
+        counts: how many videos served what.
+    """
+    from pisces.report import Image, Table, Text, embedding_plot, html_page
+
+    plain = Alignment("none")
+    with torch.no_grad():
+        before, after = ((a.text(text), a.video(video)) for a in (plain, alignment))
+    picture = embedding_plot(path.with_suffix(".png"), before, after)
+    rows = _rows(results)
+    chosen = [kind for kind, *_ in rows].index(alignment.kind)
+    table = Table(["", *_names(results)], rows, note=ADVICE, highlight=[chosen])
+    settings: list[list[str | float | None]] = [[name, str(value)] for name, value in alignment.info.items()]
+    html_page(
+        path,
+        f"Alignment of kind {alignment.kind}",
+        [
+            ("Held-out pairs", [table, *(Text(remark) for remark in remarks)]),
+            ("Embeddings", [Image(picture, "Held-out texts and videos before and after the alignment.")]),
+            ("The fit", [Table(["", "value"], settings)]),
+        ],
+        lead=f"The alignment was {counts}.",
+    )
+
+
+def _names(results: dict[str, dict[str, float]]) -> list[str]:
+    return list(next(iter(results.values())))
+
+
+def _rows(results: dict[str, dict[str, float]]) -> list[list[str]]:
+    """One line a kind."""
+    return [
+        [kind, *(f"{value:.{DECIMALS.get(name, 3)}f}" for name, value in metrics.items())]
+        for kind, metrics in results.items()
+    ]
+
+
+def _print(results: dict[str, dict[str, float]], remarks: Sequence[str], counts: str, output: Path) -> None:
+    console = Console()
+    console.print(counts, highlight=False)
+    table = ConsoleTable(box=SIMPLE)
+    table.add_column("", no_wrap=True)
+    for name in _names(results):
+        table.add_column(name, justify="right", overflow="fold")
+    for row in _rows(results):
+        table.add_row(*row)
+    console.print(table)
+    console.print(ADVICE, style="dim")
     for remark in remarks:
         console.print(f"warning: {remark}", style="yellow", markup=False)
     console.print(f"wrote {output}", markup=False, highlight=False)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from pisces.ot_map.alignment import KINDS, Alignment, Kind, NeuralOTMap
-from pisces.ot_map.fit import fit_alignment
+from pisces.ot_map.alignment import KINDS, NEURAL, PAIRED, Alignment, Kind
+from pisces.ot_map.fit import HeldOut, fit_alignment, paper_settings
+from pisces.ot_map.linear import affine_ot, procrustes, ridge
 from pisces.ot_map.metrics import alignment_metrics, mutual_knn, retrieval_at_1, rho, sinkhorn_divergence, spearman
+from pisces.ot_map.network import NeuralOTMap
+from pisces.ot_map.neural import OBJECTIVES, FitInterrupted, Objective
 
 __all__ = [
     "KINDS",
+    "NEURAL",
+    "OBJECTIVES",
+    "PAIRED",
     "Alignment",
+    "FitInterrupted",
+    "HeldOut",
     "Kind",
     "NeuralOTMap",
+    "Objective",
+    "affine_ot",
     "alignment_metrics",
     "fit_alignment",
     "mutual_knn",
+    "paper_settings",
+    "procrustes",
     "retrieval_at_1",
     "rho",
+    "ridge",
     "sinkhorn_divergence",
     "spearman",
 ]

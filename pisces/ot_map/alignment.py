@@ -13,70 +13,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pisces.ot_map.network import NeuralOTMap
 from pisces.video import atomic_path
 
-Kind = Literal["none", "mean_shift", "center", "ot", "center_ot"]
+Kind = Literal["none", "mean_shift", "center", "affine", "procrustes", "ridge", "barycentric", "ot", "center_ot"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+NEURAL: tuple[Kind, ...] = ("ot", "center_ot")
+PAIRED: tuple[Kind, ...] = ("procrustes", "ridge")  # they need to know which text belongs to which video
+_MEANS, _LINEAR = ("text_mean", "video_mean"), ("matrix", "offset")
+_PARTS: dict[Kind, tuple[str, ...]] = {
+    "none": (),
+    "mean_shift": _MEANS,
+    "center": _MEANS,
+    "affine": _LINEAR,
+    "procrustes": _LINEAR,
+    "ridge": _LINEAR,
+    "barycentric": ("anchors", "potential", "epsilon"),
+    "ot": ("network",),
+    "center_ot": (*_MEANS, "network"),
+}
+_WIDTHS = ("text_mean", "video_mean", "matrix", "offset", "anchors")  # parts whose last dimension is E
 _FORMAT = "pisces-alignment-1"
-
-
-class NeuralOTMap(nn.Module):
-    """The transport map T of the paper: an MLP dim - hidden - hidden - dim_out, hidden layers Linear, ReLU, LayerNorm.
-
-    The same network with `dim_out` = 1 is the potential f. Parameters are named net.0, net.2, net.3, net.5 and net.6,
-    as in the checkpoints of the paper's authors.
-
-    Args:
-        dim: width of the embeddings.
-        hidden: width of the two hidden layers; the paper has 1024 for dim 512.
-        dim_out: width of the result; None is dim.
-
-    Example:
-        >>> NeuralOTMap(32, hidden=64)(torch.zeros(5, 32)).shape
-        torch.Size([5, 32])
-    """
-
-    def __init__(self, dim: int, hidden: int = 1024, dim_out: int | None = None) -> None:
-        super().__init__()
-        self.dim, self.hidden = dim, hidden
-        self.net = nn.Sequential(
-            nn.Linear(dim, hidden),
-            nn.ReLU(),
-            nn.LayerNorm(hidden),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
-            nn.LayerNorm(hidden),
-            nn.Linear(hidden, dim if dim_out is None else dim_out),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., dim] -> [..., dim_out], not normalised."""
-        return self.net(x)
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor], *, source: str = "state dict") -> NeuralOTMap:
-        """Build a map of the sizes that the tensors have.
-
-        Args:
-            state: net.0.weight and so on.
-            source: where it is from, for the message.
-
-        Raises:
-            ValueError: other keys or shapes than those of this network.
-        """
-        first = state.get("net.0.weight")
-        if not isinstance(first, Tensor) or first.dim() != 2:
-            raise ValueError(
-                f"NeuralOTMap: {source} has the keys {sorted(state)[:4]}..., expected net.0.weight, net.2.weight, "
-                "net.3.weight, net.5.weight, net.6.weight and their biases."
-            )
-        hidden, dim = first.shape
-        network = cls(dim, hidden)
-        try:
-            network.load_state_dict(dict(state))
-        except RuntimeError as error:
-            raise ValueError(f"NeuralOTMap: {source} is no map of width {dim} - {hidden}: {error}") from error
-        return network
+_ROWS = 1024  # texts that the barycentric map takes at once: its weights are a row of the anchors each
 
 
 class Alignment(nn.Module):
@@ -89,15 +47,23 @@ class Alignment(nn.Module):
     | none | N(y) | N(x) |
     | mean_shift | N(N(y) + m_x - m_y) | N(x) |
     | center | N(N(y) - m_y) | N(N(x) - m_x) |
+    | affine, procrustes, ridge | N(N(y) matrix + offset) | N(x) |
+    | barycentric | N(sum_j w_j(N(y)) anchors_j) | N(x) |
     | ot | N(T(N(y))) | N(x) |
     | center_ot | N(T(N(N(y) - m_y))) | N(N(x) - m_x) |
 
-    Both sides are normalised before anything else, in fitting as in use. `fit_alignment` makes one from data.
+    with w_j(y) = softmax_j((potential_j - |y - anchors_j|^2) / epsilon). Both sides are normalised before anything
+    else. `fit_alignment` makes one from data.
 
     Args:
         kind: a row of the table.
         text_mean: [E] m_y; needed by mean_shift, center and center_ot.
         video_mean: [E] m_x, likewise.
+        matrix: [E, E]; needed by affine, procrustes and ridge.
+        offset: [E], likewise.
+        anchors: [n, E] normalised video embeddings; needed by barycentric.
+        potential: [n] the potential of their side, in units of the cost, likewise.
+        epsilon: [] the regularisation that it belongs to, likewise.
         network: T; needed by ot and center_ot.
         info: JSON-ready facts about the fit, kept with the file.
 
@@ -112,6 +78,11 @@ class Alignment(nn.Module):
 
     text_mean: Tensor | None
     video_mean: Tensor | None
+    matrix: Tensor | None
+    offset: Tensor | None
+    anchors: Tensor | None
+    potential: Tensor | None
+    epsilon: Tensor | None
 
     def __init__(
         self,
@@ -119,27 +90,49 @@ class Alignment(nn.Module):
         *,
         text_mean: Tensor | None = None,
         video_mean: Tensor | None = None,
+        matrix: Tensor | None = None,
+        offset: Tensor | None = None,
+        anchors: Tensor | None = None,
+        potential: Tensor | None = None,
+        epsilon: Tensor | None = None,
         network: NeuralOTMap | None = None,
         info: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_kind(kind, "Alignment")
-        needs_means, needs_map = kind not in ("none", "ot"), kind in ("ot", "center_ot")
-        if needs_means and (text_mean is None or video_mean is None):
-            raise ValueError(f"Alignment: kind {kind!r} needs text_mean and video_mean. Use fit_alignment.")
-        if needs_map and network is None:
-            raise ValueError(f"Alignment: kind {kind!r} needs network. Use fit_alignment.")
-        self.kind: Kind = kind
-        self.network = network if needs_map else None
+        self.kind: Kind = check_kind(kind, "Alignment")
         self.info: dict[str, Any] = dict(info or {})
-        self.register_buffer("text_mean", text_mean if needs_means else None)
-        self.register_buffer("video_mean", video_mean if needs_means else None)
-        widths = {tuple(m.shape) for m in (self.text_mean, self.video_mean) if m is not None}
+        tensors = {
+            "text_mean": text_mean,
+            "video_mean": video_mean,
+            "matrix": matrix,
+            "offset": offset,
+            "anchors": anchors,
+            "potential": potential,
+            "epsilon": epsilon,
+        }
+        needed = _PARTS[self.kind]
+        if any(part is None for name, part in {**tensors, "network": network}.items() if name in needed):
+            raise ValueError(f"Alignment: kind {kind!r} needs {' and '.join(needed)}. Use fit_alignment.")
+        self.network = network if "network" in needed else None
+        for name, part in tensors.items():
+            self.register_buffer(name, part if name in needed else None)
+        self.dim = self._width()
+
+    def _width(self) -> int | None:
+        """The width E that all parts have; None where there is no part."""
+        parts = {name: getattr(self, name) for name in _WIDTHS if getattr(self, name) is not None}
+        widths = {part.shape[-1:] for part in parts.values()}
         if self.network is not None:
-            widths.add((self.network.dim,))
-        if len(widths) > 1 or any(len(width) != 1 for width in widths):
-            raise ValueError(f"Alignment: its parts have the shapes {sorted(widths)}, expected one width (E,).")
-        self.dim: int | None = next(iter(widths))[0] if widths else None
+            widths.add(torch.Size([self.network.dim]))
+        shapes = {name: tuple(part.shape) for name, part in parts.items()}
+        wanted = {"matrix": 2, "anchors": 2}
+        square = self.matrix is None or self.matrix.shape[0] == self.matrix.shape[-1]
+        weighted = self.anchors is None or self.potential is None or self.potential.shape == self.anchors.shape[:1]
+        if len(widths) > 1 or not square or any(len(s) != wanted.get(name, 1) for name, s in shapes.items()):
+            raise ValueError(f"Alignment: its parts have the shapes {shapes}, expected one width (E,) or (E, E).")
+        if not weighted:
+            raise ValueError("Alignment: potential does not fit anchors, expected one number an anchor.")
+        return next(iter(widths))[0] if widths else None
 
     def text(self, y: Tensor) -> Tensor:
         """Aligned, normalised text embeddings; y [..., E]."""
@@ -147,6 +140,10 @@ class Alignment(nn.Module):
         if self.text_mean is not None and self.video_mean is not None:
             y = y - self.text_mean
             y = y + self.video_mean if self.kind == "mean_shift" else F.normalize(y, dim=-1)
+        if self.matrix is not None and self.offset is not None:
+            y = y @ self.matrix + self.offset
+        if self.anchors is not None:
+            y = torch.cat([self._barycentre(part) for part in y.reshape(-1, y.shape[-1]).split(_ROWS)]).view_as(y)
         if self.network is not None:
             y = self.network(y)
         return F.normalize(y, dim=-1)
@@ -157,6 +154,13 @@ class Alignment(nn.Module):
         if self.video_mean is not None and self.kind != "mean_shift":
             x = F.normalize(x - self.video_mean, dim=-1)
         return x
+
+    def _barycentre(self, y: Tensor) -> Tensor:
+        """Mean of the anchors under the plan's row of each y [n, E]."""
+        assert self.anchors is not None  # for the type checker
+        # both are normalised: |y - x|^2 up to rounding, and cdist has no gradient at zero distance
+        cost = 2 - 2 * y @ self.anchors.T
+        return ((self.potential - cost) / self.epsilon).softmax(-1) @ self.anchors
 
     def _checked(self, z: Tensor, side: str) -> Tensor:
         if self.dim is not None and z.shape[-1:] != (self.dim,):
@@ -210,8 +214,7 @@ class Alignment(nn.Module):
         network = {name.removeprefix("network."): v for name, v in state.items() if name.startswith("network.")}
         return cls(
             kind,
-            text_mean=state.get("text_mean"),
-            video_mean=state.get("video_mean"),
+            **{name: state[name] for name in _PARTS[kind] if name in state},
             network=NeuralOTMap.from_state_dict(network, source=str(path)) if network else None,
             info=json.loads(metadata["info"]),
         )
@@ -229,7 +232,9 @@ class Alignment(nn.Module):
             raise ValueError(
                 f"Alignment.load: {path} holds a {type(state).__name__} of other things, expected named tensors."
             )
-        network = NeuralOTMap.from_state_dict({k: v.float() for k, v in state.items()}, source=str(path))
+        # as DistributedDataParallel names them
+        state = {k.removeprefix("module."): v.float() for k, v in state.items()}
+        network = NeuralOTMap.from_state_dict(state, source=str(path))
         return cls("ot", network=network, info={"source": path.name})
 
 

@@ -1,0 +1,257 @@
+"""Laws of embeddings on disk: resumed, divided and damaged, they are what one pass in memory gives, or are refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_encoder import tiny_encoder
+from typer.testing import CliRunner, Result
+
+from pisces.cli import app
+from pisces.data import VideoFolder, VideoShards
+from pisces.encoders import TinyEncoder
+from pisces.ot_map import Alignment, embeddings
+from pisces.ot_map.embeddings import embed, extract, read_embeddings
+from pisces.processes import Processes
+from pisces.world.dataset import write_dataset
+
+N = 22
+BROKEN = 9
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Captioned videos of which one cannot be read."""
+    path = write_dataset(tmp_path_factory.mktemp("videos") / "all", N, seed=4)
+    VideoFolder(path).files[BROKEN].write_bytes(b"broken")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model() -> TinyEncoder:
+    return tiny_encoder()
+
+
+@pytest.fixture
+def videos(folder: Path, model: TinyEncoder) -> VideoFolder:
+    return VideoFolder(folder, n_frames=model.n_frames, size=model.size)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "BATCH_SIZE", 2)
+
+
+class Share(Processes):
+    """One of several processes that never meet."""
+
+    def __init__(self, rank: int, count: int) -> None:
+        self.rank, self.count = rank, count
+
+    def wait(self) -> None:
+        """The test runs them one after the other."""
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_folder_holds_what_one_pass_gives(videos: VideoFolder, model: TinyEncoder, tmp_path: Path) -> None:
+    whole = embed(videos, model, range(N))
+    assert [Path(name).name for name, _ in whole.unreadable] == [videos.files[BROKEN].name]
+    assert whole.captions == [caption for i, caption in enumerate(videos.captions) if i != BROKEN]
+    # row i of both is of pair i, whatever was left out before it
+    frames, caption = videos[N - 1]
+    torch.testing.assert_close(whole.video[-1:], model.encode_video(frames[None]).embedding, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole.text[-1:], model.encode_text([caption]).embedding, rtol=1e-4, atol=1e-5)
+    done: list[int] = []
+    extract(tmp_path, videos, model, shard_pairs=8, progress=done.append)
+    assert sum(done) == N
+    found, listing = read_embeddings(tmp_path)
+    assert (listing["encoder"], listing["n_videos"], listing["embed_dim"]) == ("TinyEncoder", N, 8)
+    assert torch.equal(found.text, whole.text)
+    assert torch.equal(found.video, whole.video)
+    assert (found.captions, found.unreadable) == (whole.captions, whole.unreadable)
+    assert sorted(os.listdir(tmp_path)) == [f"{k:06d}.safetensors" for k in range(3)] + ["embeddings.json"]
+
+
+def test_a_resumed_or_divided_extraction_is_the_same(
+    videos: VideoFolder, model: TinyEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(tmp_path / "whole", videos, model, shard_pairs=8)
+    for rank in (1, 0):
+        extract(tmp_path / "divided", videos, model, shard_pairs=8, processes=Share(rank, 2))
+        there = len(list((tmp_path / "divided").glob("*.safetensors")))
+        assert there == (1 if rank == 1 else 3)
+        if rank == 1:
+            with pytest.raises(FileNotFoundError, match=r"lacks 2 of 3 shards, the first 000000\.safetensors"):
+                read_embeddings(tmp_path / "divided")
+    read = VideoFolder.__getitem__
+
+    def killed(self: VideoFolder, index: int) -> object:
+        if index == 13:
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoFolder, "__getitem__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            extract(tmp_path / "resumed", videos, model, shard_pairs=8)
+    assert sorted(os.listdir(tmp_path / "resumed")) == ["000000.safetensors", "embeddings.json"]
+    asked: list[int] = []
+    monkeypatch.setattr(VideoFolder, "__getitem__", lambda self, i: (asked.append(i), read(self, i))[1])
+    extract(tmp_path / "resumed", videos, model, shard_pairs=8)
+    assert asked == list(range(8, N))  # what was there is not read again
+    assert bytes_of(tmp_path / "resumed") == bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "divided")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign"])
+def test_a_damaged_shard_is_named_and_made_again(
+    damage: str, videos: VideoFolder, model: TinyEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extract(tmp_path, videos, model, shard_pairs=8)
+    shard = tmp_path / "000001.safetensors"
+    good = shard.read_bytes()
+    flipped = bytearray(good)
+    flipped[-3] ^= 16
+    shard.write_bytes({"cut": good[:-5], "flipped": bytes(flipped), "foreign": b"x"}[damage])
+    with pytest.raises(ValueError, match=r"000001\.safetensors is damaged"):
+        read_embeddings(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        extract(tmp_path, videos, model, shard_pairs=8)
+    assert "000001.safetensors is damaged" in caplog.text
+    assert shard.read_bytes() == good
+
+
+def test_embeddings_of_something_else_are_refused(
+    videos: VideoFolder, folder: Path, model: TinyEncoder, tmp_path: Path
+) -> None:
+    place = tmp_path / "embeddings"
+    extract(place, videos, model, shard_pairs=8)
+    with pytest.raises(ValueError, match="other encoder"):
+        extract(place, videos, tiny_encoder(1), shard_pairs=8)
+    shutil.copytree(folder, tmp_path / "moved")
+    moved = VideoFolder(tmp_path / "moved", n_frames=model.n_frames, size=model.size)
+    extract(place, moved, model, shard_pairs=8)  # the same videos elsewhere
+    moved.captions[3] = "another caption"
+    with pytest.raises(ValueError, match="other videos"):
+        extract(place, moved, model, shard_pairs=8)
+    with pytest.raises(ValueError, match="shards of 8 pairs"):
+        extract(place, videos, model, shard_pairs=4)
+    listing = json.loads((place / "embeddings.json").read_text())
+    (place / "embeddings.json").write_text(json.dumps({**listing, "format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        read_embeddings(place)
+    (place / "embeddings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"embeddings\.json is damaged"):
+        read_embeddings(place)
+    (place / "embeddings.json").unlink()
+    with pytest.raises(ValueError, match=r"no embeddings\.json"):
+        extract(place, videos, model, shard_pairs=8)
+    with pytest.raises(FileNotFoundError, match=r"no embeddings\.json"):
+        read_embeddings(tmp_path)
+
+
+def test_shards_of_videos_have_embeddings_too(model: TinyEncoder, folder: Path, tmp_path: Path) -> None:
+    import tarfile
+
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for i, (file, caption) in enumerate(zip(VideoFolder(folder).files, VideoFolder(folder).captions, strict=True)):
+            (tmp_path / "caption").write_text(caption)
+            tar.add(file, f"{i:04d}.mp4")
+            tar.add(tmp_path / "caption", f"{i:04d}.txt")
+    extract(tmp_path / "one", VideoShards(tmp_path / "0.tar", n_frames=model.n_frames, size=model.size), model)
+    extract(tmp_path / "other", VideoFolder(folder, n_frames=model.n_frames, size=model.size), model)
+    one, other = (read_embeddings(tmp_path / name)[0] for name in ("one", "other"))
+    assert torch.equal(one.video, other.video)
+    assert one.captions == other.captions
+    assert "0.tar" in one.unreadable[0][0]
+
+
+# the command
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def test_an_alignment_is_fitted_from_embeddings_alone(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "embeddings"
+    outputs = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    rest = ("--kind", "affine", "--device", "cpu", "--output")
+    assert run("fit-ot-map", "--videos", folder, *rest, outputs[0]).exit_code == 0
+    first = run("fit-ot-map", "--videos", folder, "--embeddings", place, *rest, outputs[1])
+    assert first.exit_code == 0, first.output
+    page = tmp_path / "page.html"
+    second = run("fit-ot-map", "--embeddings", place, "--compare", "--report", page, *rest, outputs[2])
+    assert second.exit_code == 0, second.output
+    for result in (first, second):  # also when the videos are not opened
+        assert f"1 of {N} videos could not be read" in result.stderr
+    maps = [load_file(output) for output in outputs]
+    assert all(torch.equal(value, other[name]) for other in maps[1:] for name, value in maps[0].items())
+    info = Alignment.load(outputs[2]).info
+    assert info["encoder"] == "TinyEncoder"
+    assert len(info["encoder_sha256"]) == 64
+    for kind in ("none", "mean_shift", "center", "affine", "procrustes", "ridge", "barycentric"):
+        assert kind in second.stdout
+        assert f"<td>{kind}</td>" in page.read_text()
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png;base64" in page.read_text()
+
+
+def test_a_training_is_chosen_resumed_and_the_papers(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "embeddings"
+    base = ("fit-ot-map", "--embeddings", place, "--device", "cpu", "--output", tmp_path / "map.safetensors")
+    small = ("--steps", "4", "--hidden", "8", "--batch-size", "8")
+    fit = (*base, "--videos", folder, *small, "--checkpoints", tmp_path / "fit")
+    for extra in ((), (), ("--objective", "sinkhorn", "--checkpoints", tmp_path / "other", "--choose", "rho")):
+        result = run(*fit, *extra)
+        assert result.exit_code == 0, result.output
+        assert "fitted on 14 videos, chosen on 3, measured on 4 others" in result.stdout
+    assert Alignment.load(tmp_path / "map.safetensors").info["objective"] == "sinkhorn"
+    last = run(*base, *small, "--choose", "last")
+    assert "fitted on 17 videos, measured on 4 others" in last.stdout
+    refused = run(*fit, "--lr", "1")
+    assert refused.exit_code == 2
+    assert "other lr" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give --videos, or --embeddings"),
+        (("--videos", "x", "--objective", "magic"), "--objective is 'magic'"),
+        (("--videos", "x", "--choose", "magic"), "--choose is 'magic'"),
+        (("--videos", "x", "--report", "page.pdf"), "ends in .html"),
+        (("--embeddings", "absent"), "no embeddings.json"),
+    ],
+)
+def test_faults_in_the_command_are_named(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    result = run("fit-ot-map", "--output", tmp_path / "map.safetensors", *arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_papers_settings_reach_the_fit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pisces.commands.fit_ot_map as command
+
+    called: list[dict[str, object]] = []
+    fit = command.fit_alignment
+
+    def small(*pairs: torch.Tensor, **settings: object) -> Alignment:
+        called.append(dict(settings))
+        return fit(*pairs, **{**settings, "steps": 2, "hidden": 8, "check_every": 1})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(command, "fit_alignment", small)
+    result = run("fit-ot-map", "--videos", folder, "--paper", "--device", "cpu", "--output", tmp_path / "m.safetensors")
+    assert result.exit_code == 0, result.output
+    wanted = {"kind": "ot", "steps": 160_000, "hidden": 1024, "lr": 1e-4, "batch_size": 128, "cost_weight": 1 / 32}
+    assert {name: called[0][name] for name in wanted} == wanted

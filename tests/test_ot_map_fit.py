@@ -1,0 +1,280 @@
+"""Laws of fits: closed forms against POT, numpy and scipy; what maps recover; choice and resume of a training."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ot
+import pytest
+import torch
+from scipy.linalg import orthogonal_procrustes
+from torch import Tensor
+from torch.nn import functional as F
+
+from pisces.ot_map import (
+    KINDS,
+    Alignment,
+    FitInterrupted,
+    HeldOut,
+    Kind,
+    Objective,
+    affine_ot,
+    alignment_metrics,
+    fit_alignment,
+    neural,
+    paper_settings,
+    procrustes,
+    retrieval_at_1,
+    rho,
+    ridge,
+)
+from pisces.ot_map.barycentric import entropic_map
+from pisces.ot_map.neural import MapSettings, train_map
+from pisces.state import CheckpointError, list_checkpoints
+
+SMALL: dict[str, Any] = {"kind": "ot", "hidden": 8, "steps": 7, "batch_size": 16, "progress": False}
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def spread(n: int, dim: int) -> Tensor:
+    """Correlated points around a common point."""
+    return normal(n, dim) @ (normal(dim, dim) / dim**0.5 + torch.eye(dim)) + normal(dim)
+
+
+# closed forms
+
+
+def test_affine_ot_is_the_map_between_gaussians(seed: int) -> None:
+    text, video = spread(60, 7), spread(80, 7)
+    matrix, offset = affine_ot(text, video)
+    covariances = [torch.cov(z.T) for z in (text, video)]
+    torch.testing.assert_close(matrix.T @ covariances[0] @ matrix, covariances[1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close((text @ matrix + offset).mean(0), video.mean(0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(matrix, matrix.T, rtol=1e-9, atol=1e-9)  # a gradient of a convex function
+    assert torch.linalg.eigvalsh(matrix).min() > 0
+    numbers = [z.numpy() for z in (text.mean(0), video.mean(0), *covariances)]
+    theirs, shift = ot.gaussian.bures_wasserstein_mapping(*numbers)
+    np.testing.assert_allclose(matrix, theirs, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(offset, shift, rtol=1e-7, atol=1e-8)
+    # neither the shift alone nor a matrix that maps the covariance by a detour is the transport
+    assert float((torch.eye(7) - matrix).norm()) > 0.1
+    factors = [torch.linalg.cholesky(c) for c in covariances]
+    assert float((torch.linalg.inv(factors[0]).T @ factors[1].T - matrix).norm()) > 0.1
+
+
+def test_affine_ot_of_few_texts_is_finite_and_carries_what_there_is(seed: int) -> None:
+    text, video = spread(5, 9), spread(40, 9)
+    matrix, offset = affine_ot(text, video)
+    assert torch.isfinite(matrix).all()
+    torch.testing.assert_close((text @ matrix + offset).mean(0), video.mean(0))
+    with pytest.raises(ValueError, match="same embedding"):
+        affine_ot(torch.ones(4, 3), video[:, :3])
+
+
+def test_procrustes_is_scipys(seed: int) -> None:
+    text, video = spread(50, 6), spread(50, 6)
+    matrix, offset = procrustes(text, video)
+    theirs, _ = orthogonal_procrustes((text - text.mean(0)).numpy(), (video - video.mean(0)).numpy())
+    np.testing.assert_allclose(matrix, theirs, atol=1e-10)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(6).double())
+    torch.testing.assert_close((text @ matrix + offset).mean(0), video.mean(0))
+    # it needs the pairs: of shuffled ones it is another rotation
+    assert float((procrustes(text, video.flip(0))[0] - matrix).norm()) > 0.1
+
+
+def test_ridge_is_least_squares_with_rows_for_the_penalty(seed: int) -> None:
+    text, video = spread(30, 5), spread(30, 5)
+    penalty = 0.1
+    matrix, offset = ridge(text, video, penalty=penalty)
+    y, x = (text - text.mean(0)).numpy(), (video - video.mean(0)).numpy()
+    weight = (penalty * (y**2).sum() / 5) ** 0.5
+    theirs, *_ = np.linalg.lstsq(np.vstack([y, weight * np.eye(5)]), np.vstack([x, np.zeros((5, 5))]), rcond=None)
+    np.testing.assert_allclose(matrix, theirs, atol=1e-10)
+    torch.testing.assert_close((text @ matrix + offset).mean(0), video.mean(0))
+    assert float((ridge(text, video)[0] - matrix).norm()) > 1e-3
+    with pytest.raises(ValueError, match="penalty is 0"):
+        ridge(text, video, penalty=0)
+
+
+def test_the_entropic_map_of_the_fitted_texts_is_the_plans_projection(seed: int) -> None:
+    text, video = (F.normalize(spread(n, 4), dim=-1) for n in (30, 40))
+    epsilon = 0.3
+    parts = entropic_map(text, video, epsilon=epsilon)
+    plan = ot.sinkhorn([], [], ot.dist(text.numpy(), video.numpy()), epsilon, stopThr=1e-14, numItermax=20_000)
+    projected = torch.from_numpy(plan / plan.sum(1, keepdims=True)) @ video
+    alignment = Alignment("barycentric", **parts)
+    torch.testing.assert_close(alignment.text(text), F.normalize(projected, dim=-1), rtol=0, atol=1e-6)
+    # without the potential it is a mere smoother, and maps elsewhere
+    flat = Alignment("barycentric", **{**parts, "potential": torch.zeros_like(parts["potential"])})
+    assert float((flat.text(text) - alignment.text(text)).abs().max()) > 1e-3
+
+
+def test_an_entropic_map_of_many_keeps_some(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pisces.ot_map.barycentric.ANCHORS", 16)
+    text, video = (F.normalize(spread(n, 4), dim=-1) for n in (40, 50))
+    first, second = (entropic_map(text, video, epsilon=0.5, seed=3) for _ in range(2))
+    assert first["anchors"].shape == (16, 4)
+    assert torch.equal(first["potential"], second["potential"])
+    assert not torch.equal(entropic_map(text, video, epsilon=0.5, seed=4)["anchors"], first["anchors"])
+
+
+def test_a_solve_that_does_not_converge_is_reported(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr("pisces.ot_map.barycentric.MAX_ITERS", 1)
+    with pytest.warns(UserWarning, match="Use a larger epsilon"):
+        entropic_map(*(F.normalize(spread(20, 4), dim=-1) for _ in range(2)))
+
+
+@pytest.mark.parametrize("kind", ["affine", "procrustes", "ridge"])
+def test_a_fit_is_its_closed_form(kind: Kind, seed: int) -> None:
+    text, video = spread(40, 5).float(), spread(40, 5).float()
+    function = {"affine": affine_ot, "procrustes": procrustes, "ridge": ridge}[kind]
+    matrix, offset = function(F.normalize(text, dim=-1), F.normalize(video, dim=-1))
+    wanted = F.normalize(F.normalize(text.double(), dim=-1) @ matrix + offset, dim=-1).float()
+    torch.testing.assert_close(fit_alignment(text, video, kind=kind).text(text), wanted, rtol=1e-4, atol=1e-5)
+
+
+# the trained map
+
+
+@pytest.mark.parametrize("objective", ["max_min", "sinkhorn"])
+def test_a_trained_map_recovers_a_known_affine_map(objective: Objective, seed: int, one_thread: None) -> None:
+    """Between Gaussians transport is affine; the map's squared error is under a tenth of what the identity leaves."""
+    dim = 4
+    scale = torch.linspace(0.7, 1.3, dim)
+    turn = torch.linalg.qr(torch.randn(dim, dim)).Q
+    matrix, shift = turn @ torch.diag(scale) @ turn.T, F.normalize(torch.randn(dim), dim=0)
+    text = 0.5 * torch.randn(2000, dim)
+    video = 0.5 * torch.randn(2000, dim) @ matrix + shift
+    steps, lr = (80, 2e-3) if objective == "max_min" else (250, 5e-3)
+    settings = MapSettings(64, steps, 128, lr, 1.0, objective, 0)
+    network, _ = train_map(text, video, settings, progress=False)
+    fresh = 0.5 * torch.randn(500, dim)
+    wanted = fresh @ matrix + shift
+    with torch.no_grad():
+        error = float((network(fresh) - wanted).square().sum(1).mean())
+    nothing = float((fresh - wanted).square().sum(1).mean())
+    assert nothing > 0.9
+    assert error < nothing / 10
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
+def test_a_modality_gap_shrinks_fivefold_and_retrieval_stays(kind: Kind, seed: int, one_thread: None) -> None:
+    dim, n = 16, 1200
+    shared = F.normalize(torch.randn(n, dim), dim=-1)
+    one, other = F.normalize(torch.randn(2, dim), dim=-1)
+    text = shared + 1.2 * one
+    video = shared + 0.05 * torch.randn(n, dim) - 1.2 * other
+    settings: dict[str, Any] = {"hidden": 64, "steps": 60, "lr": 2e-3, "progress": False}
+    alignment = fit_alignment(text[:1000], video[:1000], kind=kind, **settings)
+    captions = [str(i) for i in range(n - 1000)]
+    plain, aligned = (alignment_metrics(a, text[1000:], video[1000:], captions) for a in (Alignment("none"), alignment))
+    assert plain["gap"] > 0.5
+    assert aligned["gap"] < plain["gap"] / 5
+    assert aligned["r_at_1"] >= plain["r_at_1"]
+
+
+def test_the_mismatch_of_the_released_code_can_be_reproduced(seed: int) -> None:
+    text, video = 5 * torch.randn(100, 6), torch.randn(100, 6)
+    right, wrong = (fit_alignment(text, video, normalize_text=n, **SMALL) for n in (True, False))
+    assert wrong.info["normalize_text"] is False
+    assert not torch.equal(right.text(text), wrong.text(text))
+    # in use it normalises all the same
+    torch.testing.assert_close(wrong.text(3 * text), wrong.text(text))
+    # fitted on texts of any length, it depends on their lengths; the right one does not
+    again = fit_alignment(0.2 * text, video, normalize_text=False, **SMALL)
+    assert not torch.allclose(again.text(text), wrong.text(text))
+    torch.testing.assert_close(fit_alignment(0.2 * text, video, **SMALL).text(text), right.text(text))
+
+
+def test_the_papers_settings_are_those_of_the_paper() -> None:
+    assert paper_settings(512) == {
+        "kind": "ot",
+        "hidden": 1024,
+        "steps": 160_000,
+        "batch_size": 128,
+        "lr": 1e-4,
+        "cost_weight": 1 / 512,
+    }
+    assert (neural.MAP_STEPS, neural.WEIGHT_DECAY, neural.CLIP, neural.LAST_LR) == (10, 1e-10, 1.0, 0.05)
+
+
+def test_the_best_map_is_kept(seed: int) -> None:
+    text = torch.randn(80, 6)
+    seen: list[tuple[float, Tensor]] = []
+    scores = [0.2, 0.7, 0.7, 0.1]  # the first of equal ones stays
+
+    def score(network: Any) -> tuple[float, ...]:
+        seen.append((scores[len(seen)], network.net[0].weight.clone()))
+        return (seen[-1][0],)
+
+    settings = MapSettings(8, 7, 16, 1e-3, 1.0, "max_min", 0)
+    network, facts = train_map(text, text + 1, settings, score=score, check_every=2, progress=False)
+    assert facts == {"best_step": 4}
+    assert torch.equal(network.net[0].weight, seen[1][1])
+    assert not torch.equal(network.net[0].weight, seen[3][1])
+
+
+def test_maps_are_chosen_by_retrieval(seed: int) -> None:
+    shared = F.normalize(torch.randn(150, 8), dim=-1)
+    held_out = HeldOut(shared[100:], shared[100:], [str(i) for i in range(50)])
+    settings = {**SMALL, "steps": 20, "lr": 3e-3}
+    chosen = fit_alignment(shared[:100], shared[:100], held_out=held_out, check_every=1, **settings)
+    assert 1 <= chosen.info["best_step"] <= 20
+    last = fit_alignment(shared[:100], shared[:100], **settings)
+    label = torch.arange(50)
+    found = [retrieval_at_1(a.text(shared[100:]), shared[100:], label) for a in (chosen, last)]
+    assert found[0] >= found[1]
+    by_rho = fit_alignment(
+        shared[:100], shared[:100], held_out=replace(held_out, metric="rho"), check_every=1, **settings
+    )
+    spread_of = [rho(a.text(shared[100:]), shared[100:]) for a in (by_rho, chosen, last)]
+    assert spread_of[0] == min(spread_of)
+
+
+@pytest.mark.parametrize("objective", ["max_min", "sinkhorn"])
+def test_a_resumed_fit_is_the_same_fit(
+    objective: Objective, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, video = torch.randn(60, 6), torch.randn(60, 6)
+    held_out = HeldOut(text[:20], video[:20], [str(i) for i in range(20)])
+    settings = {**SMALL, "objective": objective, "held_out": held_out, "check_every": 2, "save_every": 3}
+    whole = fit_alignment(text, video, **settings)
+    step = neural.MapFit.step
+
+    def stopped(fit: neural.MapFit) -> None:
+        step(fit)
+        if fit.step_number == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(neural.MapFit, "step", stopped)
+    with pytest.raises(FitInterrupted) as caught:
+        fit_alignment(text, video, checkpoints=tmp_path, **settings)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert [number for number, _ in list_checkpoints(tmp_path)] == [3, 5]
+    monkeypatch.setattr(neural.MapFit, "step", step)
+    resumed = fit_alignment(text, video, checkpoints=tmp_path, **settings)
+    assert resumed.info == whole.info
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    # the finished fit is only read back, and another one is refused
+    again = fit_alignment(text, video, checkpoints=tmp_path, **settings)
+    assert torch.equal(again.text(text), whole.text(text))
+    with pytest.raises(CheckpointError, match=r"other lr\."):
+        fit_alignment(text, video, checkpoints=tmp_path, **{**settings, "lr": 1.0})
+    with pytest.raises(CheckpointError, match=r"other held_out\."):
+        fit_alignment(text, video, checkpoints=tmp_path, **{**settings, "held_out": replace(held_out, metric="rho")})
+    with pytest.raises(CheckpointError, match=r"other data\."):
+        fit_alignment(text, video + 1, checkpoints=tmp_path, **settings)
+    newest = list_checkpoints(tmp_path)[-1][1] / "network.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"network\.safetensors is corrupt"):
+        fit_alignment(text, video, checkpoints=tmp_path, **settings)
