@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import random
 from pathlib import Path
@@ -14,12 +16,13 @@ from torch import Tensor
 from toy_rewards import ColorReward
 from typer.testing import CliRunner
 
-from pisces.algorithms import Batch, Draft, FlowMatching, FrozenBase
+from pisces.algorithms import Batch, Draft, FlowMatching, FrozenBase, Grpo, OneStep
 from pisces.cli import app
-from pisces.config import LoraConfig
+from pisces.config import LoraConfig, OptimizerConfig, OutputConfig, TrainConfig
 from pisces.pipelines import ADAPTERS, LTXAdapter, PipelineAdapter, load_pipeline, prepare
 from pisces.pipelines.files import find_pipeline
 from pisces.pipelines.tiny import TINY, make_tiny
+from pisces.trainer import Trainer
 
 PROMPTS = ["a red square moves left", "blue"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,9 +114,7 @@ def test_a_step_moves_the_adapter_alone_and_it_loads(
     adapter: PipelineAdapter, directory: Path, tmp_path: Path, seed: int
 ) -> None:
     prepare(adapter, LoraConfig(rank=2, alpha=4.0), seed=seed)
-    parameters = {
-        f"{name}.{key}": p for name, denoiser in adapter.denoisers.items() for key, p in denoiser.named_parameters()
-    }
+    parameters = dict(named_parameters(adapter))
     before = {n: p.detach().clone() for n, p in parameters.items()}
     last_k = 1 + len(adapter.denoisers)  # of Wan 2.2 the first of the steps is the first expert's
     algorithm = Draft(adapter, ColorReward(), FrozenBase(adapter), steps=3, last_k=last_k, checkpointing=True)
@@ -141,6 +142,54 @@ def test_a_step_moves_the_adapter_alone_and_it_loads(
         pipe.load_lora_weights(f"{folder}/transformer_2", load_into_transformer_2=True)
     again = type(adapter)(pipe, defaults=adapter.defaults).sample(PROMPTS[:1], noise=noise)
     torch.testing.assert_close(again, trained, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["one_step", "grpo"])
+def test_the_other_algorithms_move_the_adapter_alone(
+    adapter: PipelineAdapter, tmp_path: Path, name: str, seed: int
+) -> None:
+    """Two steps through the trainer; what it exports is loaded and generates."""
+    prepare(adapter, LoraConfig(rank=2, alpha=4.0), seed=seed)
+    base = FrozenBase(adapter)
+    latents = adapter.encode_frames(torch.rand(1, adapter.video_size()[0], 3, *adapter.video_size()[1:]))
+    algorithm: Any
+    if name == "one_step":
+        algorithm = OneStep(adapter, ColorReward(), base, steps=3)
+    else:
+        algorithm = Grpo(adapter, ColorReward(), base, steps=3, group_size=2, micro_batch=2)
+    before = {key: p.detach().clone() for key, p in named_parameters(adapter)}
+    config = TrainConfig(
+        steps=2,
+        seed=seed,
+        optimizer=OptimizerConfig(lr=0.05, accumulation=1),
+        output=OutputConfig(dir=str(tmp_path), trackers=()),
+    )
+    final = Trainer(adapter, algorithm, config, batches=OneBatch(Batch(PROMPTS[:1], latents=latents))).fit()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert all(value is not None for line in lines for value in line.values())
+    moved = {key for key, p in named_parameters(adapter) if not torch.equal(p, before[key])}
+    assert moved
+    assert all("lora_" in key for key in moved)
+    assert list(final.rglob("*.safetensors"))
+    frames = adapter.decode(adapter.sample(PROMPTS[:1], steps=3, noise=adapter.noise(1)))
+    assert frames.isfinite().all()
+
+
+class OneBatch:
+    """The same batch without end."""
+
+    fingerprint = "one"
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __getitem__(self, index: int) -> Batch:
+        return dataclasses.replace(self.batch, number=index)
+
+
+def named_parameters(adapter: PipelineAdapter) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(f"{name}.{key}", p) for name, model in adapter.denoisers.items() for key, p in model.named_parameters()]
 
 
 def test_names_that_are_not_there(tmp_path: Path) -> None:
