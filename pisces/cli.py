@@ -347,7 +347,7 @@ def plan(
 
     Nothing is computed: the operations are run on tensors that have shapes only, at the true size. It takes a minute
     or a few. Of a decode no weights are read; with a budget, the exit code is 2 if nothing fits. Of a training run the
-    pipeline and one batch are read, and the size of the videos is the settings' own.
+    pipeline is read and its text encoders embed the prompts of one batch; videos have the settings' own size.
 
     Examples:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,14 @@ def alarms(records: Sequence[Mapping[str, Any]], guards: GuardsConfig) -> list[s
 
     Example:
         >>> from pisces.config import GuardsConfig
-        >>> base, now = ({"sharpness": s, "motion": 0.1, "saturation": 0.3} for s in (0.02, 0.004))
+        >>> base, now = ({"step": n, "sharpness": s, "motion": 0.1} for n, s in ((0, 0.02), (64, 0.004)))
         >>> alarms([base, now], GuardsConfig())
         ['sharpness 0.004 is 20 % of the base model, limit 50 %']
     """
     first, last = records[0], records[-1]
     found = []
-    for name in ("sharpness", "motion", "saturation"):
+    # A run whose first validation came later has nothing of the base to compare with.
+    for name in ("sharpness", "motion", "saturation") if first["step"] == 0 else ():
         limit, before, now = getattr(guards, name), first.get(name), last.get(name)
         if limit is None or not before or now is None:
             continue
@@ -54,3 +56,9 @@ def alarms_in_a_row(records: Sequence[Mapping[str, Any]], guards: GuardsConfig) 
             break
         count += 1
     return count
+
+
+def is_best(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the watched rewards of the last validation are higher than those of all before."""
+    *former, last = [record.get("watched") for record in records]
+    return last is not None and last > max((value for value in former if value is not None), default=-math.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -23,7 +24,8 @@ def join_processes() -> torch.device | None:
         return None
     from accelerate import PartialState
 
-    device: torch.device = PartialState().device
+    # Videos take longer than the ten minutes for which processes wait for each other otherwise.
+    device: torch.device = PartialState(timeout=timedelta(days=1)).device
     return device
 
 

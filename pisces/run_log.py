@@ -35,8 +35,10 @@ class RunLog:
         self.validations: list[Record] = []
         for name in (STEPS_FILE, VALIDATION_FILE):
             kept = [line for line in _lines(folder / name) if step and _step_of(line) <= step]
-            if name == STEPS_FILE or (folder / name).is_file():
+            if kept or name == STEPS_FILE:
                 write_text(folder / name, "".join(line + "\n" for line in kept))
+            else:
+                (folder / name).unlink(missing_ok=True)
             if name == VALIDATION_FILE:
                 self.validations = [json.loads(line) for line in kept]
         self.file = folder / STEPS_FILE
@@ -83,7 +85,7 @@ def _start_trackers(names: Sequence[str], folder: Path, step: int, settings: dic
             # purge_step: TensorBoard forgets what a killed run said of later steps
             tracker = TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
         else:
-            tracker = WandBTracker("pisces", dir=str(folder), name=folder.name, config=settings, resume="allow")
+            tracker = WandBTracker("pisces", dir=str(folder), name=folder.name, config=settings)
         tracker.start()
         started.append(tracker)
     return started

@@ -5,27 +5,25 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import psutil
 import torch
 import yaml
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pisces.algorithms import Algorithm
 from pisces.algorithms.base import Stateful
 from pisces.batches import Batches
 from pisces.config import OptimizerConfig, TrainConfig
-from pisces.guards import alarms, alarms_in_a_row
+from pisces.guards import alarms, alarms_in_a_row, is_best
 from pisces.pipelines.base import PipelineAdapter
 from pisces.pipelines.trainable import trained_parameters
 from pisces.processes import Processes
+from pisces.progress import memory_gb, progress_bar, show, start_memory
 from pisces.run_log import Record, RunLog
 from pisces.sections import flat
 from pisces.signals import StopSignals
@@ -163,8 +161,10 @@ class Trainer:
             Interrupted: after a SIGTERM or SIGINT, once the checkpoint is written.
         """
         self._open(resume)
+        self._signals, self._stopped_by = StopSignals(), None
         saved_at = self.step
-        with self._signals, self._bar() as bar, self._log() as log:
+        bar = progress_bar(self.step, self.config.steps, shown=self.processes.is_main)
+        with self._signals, bar, self._log() as log:
             hacked = self._validate(log)
             while self.step < self.config.steps and self._stopped_by is None and not hacked:
                 record = self.train_step()
@@ -175,13 +175,15 @@ class Trainer:
                         f"Trainer: {MAX_SKIPPED_IN_A_ROW} steps in a row skipped (step {self.step}: "
                         f"{record['skipped']}). Lower optimizer.lr, or look at the rewards; see {self.output}."
                     )
-                _show(bar, record)
+                show(bar, record)
                 if self.step % self.config.output.save_every == 0:
                     self.save()
                     saved_at = self.step
-                if (
-                    self._stopped_by is None
-                ):  # whoever sent a signal does not wait for videos: the resumed run makes them
+                # Whoever sent a signal does not wait for videos: the resumed run makes them.
+                if self._stopped_by is None:
+                    if self._due() and saved_at != self.step:
+                        self.save()
+                        saved_at = self.step
                     hacked = self._validate(log)
             if saved_at != self.step:
                 self.save()
@@ -199,7 +201,7 @@ class Trainer:
             not finite.
         """
         started = time.perf_counter()
-        _start_memory(self.adapter.device)
+        start_memory(self.adapter.device)
         settings = self.config.optimizer
         parts = settings.accumulation
         lr = settings.lr * lr_share(self.step, self.config.steps, settings)
@@ -220,10 +222,10 @@ class Trainer:
                 break
         self.processes.add_up_gradients(self.parameters.values())
         totals: dict[str, float] = {}
-        for numbers, number in self.processes.gather((mine, self._signals.noted)):
-            self._stopped_by = self._stopped_by or number
+        for numbers in self.processes.gather(mine):
             for name, value in numbers.items():
                 totals[name] = totals.get(name, 0.0) + value
+        self._agree_to_stop()
         limit = math.inf if settings.grad_clip is None else settings.grad_clip
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
         reason = None
@@ -238,7 +240,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         values = {**totals, "grad_norm": norm, "lr": lr, "seconds": time.perf_counter() - started}
-        values["memory_gb"] = _memory_gb(self.adapter.device)
+        values["memory_gb"] = memory_gb(self.adapter.device)
         record: Record = {"step": self.step}
         record.update({name: value if math.isfinite(value) else None for name, value in values.items()})
         if reason is not None:
@@ -264,15 +266,27 @@ class Trainer:
             return False
         done = {record["step"] for record in log.validations} if log is not None else set()
         (done, *_) = self.processes.gather(done)
-        if self.validation.due(self.step, self.config.steps) and self.step not in done:
+        if self._due() and self.step not in done:
             with self.ema_weights():
-                record = self.validation.run(self.step, self.output)
+                record = self.validation.run(self.step, self.output, stop=lambda: self._signals.noted is not None)
+                if record is None:
+                    self._agree_to_stop()
+                    return False
                 if log is not None:
-                    log.validation(record)
-                    if self.step and _is_best(log.validations):
+                    # The model first: a kill in between is made good by the resumed run, which validates again.
+                    if self.step and is_best([*log.validations, record]):
                         self._write_model(self.output / "best")
+                    log.validation(record)
         hacked = log is not None and self._hacked(log.validations)
         return self.processes.gather(hacked)[0]
+
+    def _due(self) -> bool:
+        return self.validation is not None and self.validation.due(self.step, self.config.steps)
+
+    def _agree_to_stop(self) -> None:
+        """Let all processes know of a signal that one of them got."""
+        for number in self.processes.gather(self._signals.noted):
+            self._stopped_by = self._stopped_by or number
 
     def _hacked(self, validations: list[Record]) -> bool:
         """Say what alarms the last validation, and whether it is one too many."""
@@ -435,18 +449,27 @@ class Trainer:
     def _open(self, resume: str | Path) -> None:
         """Prepare the output directory and take over a checkpoint."""
         checkpoints = self.output / "checkpoints"
-        if resume == "never" and self.processes.is_main:
-            # By name: the folder is the user's, and may hold other things. One that stays would be resumed from later.
-            made = ("checkpoints/step-*", "final", "best", "validation", "tensorboard")
-            for earlier in [path for pattern in made for path in self.output.glob(pattern)]:
-                shutil.rmtree(earlier)
+        path = latest_checkpoint(checkpoints) if resume == "auto" else None
+        if resume not in ("auto", "never"):
+            path = Path(resume)
+        if path is None and self.processes.is_main:
+            self._clear()
         self.processes.wait()
-        path = latest_checkpoint(checkpoints) if resume in ("auto", "never") else Path(resume)
         if path is not None:
             self.load(path)
         if self.processes.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             write_text(self.output / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+
+    def _clear(self) -> None:
+        """Delete what an earlier run left: it would be resumed from, or taken for this run's."""
+        # By name: the folder is the user's, and may hold other things.
+        made = ("checkpoints/step-*", "final", "best", "validation/step-*", "tensorboard/events.out.tfevents.*")
+        for path in [path for pattern in made for path in self.output.glob(pattern)]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     @contextmanager
     def _log(self) -> Iterator[RunLog | None]:
@@ -457,10 +480,6 @@ class Trainer:
         settings = self.config.to_dict()
         with RunLog(self.output, self.step, trackers=self.config.output.trackers, settings=settings) as log:
             yield log
-
-    def _bar(self) -> tqdm[NoReturn]:
-        hidden = not (sys.stderr.isatty() and self.processes.is_main)
-        return tqdm(total=self.config.steps, initial=self.step, disable=hidden, unit="step")
 
 
 def lr_share(step: int, steps: int, settings: OptimizerConfig) -> float:
@@ -478,33 +497,3 @@ def lr_share(step: int, steps: int, settings: OptimizerConfig) -> float:
     done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
     left = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return settings.final_lr + (1 - settings.final_lr) * left
-
-
-def _is_best(validations: list[Record]) -> bool:
-    """Whether the watched rewards are higher than in all former validations."""
-    *former, last = [_number(record.get("watched")) for record in validations]
-    return all(not value >= last for value in former) and math.isfinite(last)
-
-
-def _number(value: float | int | str | None) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _show(bar: tqdm[NoReturn], record: Record) -> None:
-    """One step further, with the rewards and the memory behind the bar."""
-    shown = {k: v for k, v in record.items() if k == "loss" or k.startswith("reward")}
-    numbers = {k: f"{v:.3f}" for k, v in shown.items() if v is not None}
-    bar.set_postfix({**numbers, "memory": f"{record['memory_gb']:.1f} GB"}, refresh=False)
-    bar.update()
-
-
-def _start_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _memory_gb(device: torch.device) -> float:
-    """The peak since :func:`_start_memory` on a GPU, else what the process holds now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return psutil.Process().memory_info().rss / 1e9

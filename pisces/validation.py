@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -84,27 +84,34 @@ class Validation:
         return step % self.every == 0 or step == last
 
     @torch.no_grad()
-    def run(self, step: int, output: Path) -> Record:
+    def run(self, step: int, output: Path, *, stop: Callable[[], bool] = lambda: False) -> Record | None:
         """Make and score the videos of a step.
 
         Args:
             step: optimizer steps taken.
             output: the run's folder; receives ``validation/step-.../`` with mp4 files, captions and a contact sheet
                 that shows the base's videos above these.
+            stop: asked before each video; once it says so, in whichever process, the validation is given up.
 
         Returns:
             step, the mean of every reward (``reward/NAME``; ``reward`` is their weighted sum), of every watched one
-            (``watched/NAME``, ``watched``, and its standard deviation ``watched_std``), of every measure, and seconds.
+            (``watched/NAME``, ``watched``, and its standard deviation ``watched_std``), of every measure, and seconds;
+            None if it was given up.
         """
         started = time.perf_counter()
         folder = validation_dir(output, step)
         rate = self.adapter.defaults.get("fps", FPS)
         mine: dict[int, dict[str, float]] = {}
         for number in self.processes.share(len(self.prompts)):
+            if stop():
+                break
             frames = self._video(number)
             mine[number] = {name: float(value) for name, value in self._scores(frames, number).items()}
             write_video(folder / f"{number:04d}.mp4", frames[0].cpu(), fps=rate, lossless=False)
-        scores = {number: values for part in self.processes.gather(mine) for number, values in part.items()}
+        parts = self.processes.gather((mine, stop()))
+        if any(given_up for _, given_up in parts):
+            return None
+        scores = {number: values for part, _ in parts for number, values in part.items()}
         if self.processes.is_main:
             rows = [{"file_name": f"{n:04d}.mp4", "text": prompt} for n, prompt in enumerate(self.prompts)]
             write_metadata(folder, rows)

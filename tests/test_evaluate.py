@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from pathlib import Path
 
@@ -147,9 +148,26 @@ def test_vbench_finds_its_videos(wan: Path, tmp_path: Path) -> None:
     assert run(*vbench, "--resume").exit_code == 0
     assert kept.stat().st_mtime_ns == before
     assert len(lost.read_bytes()) == pytest.approx(len(content), rel=0.05)
-    result = run(*vbench, "--resume", "--guidance", "2")
+    for options in (("--guidance", "2"), ("--lossless",), ("--fps", "4")):
+        result = run(*vbench, "--resume", *options)
+        assert result.exit_code == 2
+        assert "other prompts or settings" in result.output
+    # Other weights under the same name, and videos that nothing is known of.
+    model = next((wan / "transformer").glob("*.safetensors"))
+    os.utime(model, ns=(1, 1))
+    assert "other prompts or settings" in run(*vbench, "--resume").output
+    (tmp_path / "v" / "prompts.jsonl").unlink()
+    assert "other prompts or settings" in run(*vbench, "--resume").output
+    # VBench would take it for a video.
+    (tmp_path / "v" / "videos" / "old prompt-0.mp4").touch()
+    result = run(*vbench)
     assert result.exit_code == 2
-    assert "other prompts or settings" in result.output
+    assert "old prompt-0.mp4" in result.output
+
+
+def test_a_name_as_long_as_a_file_system_has_is_written(tmp_path: Path) -> None:
+    name = "é" * 125 + ".mp4"  # 254 bytes
+    assert write_video(tmp_path / name, torch.rand(2, 3, 16, 16)).is_file()
 
 
 @pytest.mark.parametrize(("prompt", "why"), [("a/b", "cannot be a file name"), ("x" * 260, "cannot be a file name")])
@@ -215,6 +233,15 @@ def test_what_is_watched_is_not_trained_on(trained: Path) -> None:
     assert [record["step"] for record in validations] == [0, 2, 4]
     assert all("reward/semantic" not in record for record in steps + validations)
     assert all("watched/semantic" in record and "watched/quality" not in record for record in validations)
+
+
+def test_a_run_that_has_only_begun_is_reported(trained: Path, tmp_path: Path) -> None:
+    for name in ("log.jsonl", "validation.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
+    result = run("report", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "optimizer.lr" in (tmp_path / "report.html").read_text()
 
 
 def test_reports_of_nothing_are_refused(trained: Path, tmp_path: Path) -> None:

@@ -50,9 +50,13 @@ def train_together(wan_dir: Path, output: Path, *, steps: int) -> None:
         script = Path(__file__).with_name("trained_together.py")
         command = [sys.executable, str(script), str(wan_dir), str(output), str(steps)]
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    finally:
+        for process in running:  # one that fails leaves the other waiting
+            process.kill()
 
 
 def state(output: Path) -> dict[str, torch.Tensor]:

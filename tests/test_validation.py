@@ -88,7 +88,8 @@ def make(
 
 
 def records(output: Path) -> list[dict[str, Any]]:
-    lines = (output / "validation.jsonl").read_text().splitlines()
+    file = output / "validation.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
@@ -160,6 +161,27 @@ def test_a_signal_is_obeyed_before_videos_are_made(wan_dir: Path, tmp_path: Path
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_signal_ends_a_validation(wan_dir: Path, tmp_path: Path, at: int) -> None:
+    make(wan_dir, tmp_path / "whole").fit()
+
+    class Terminating(Countdown):
+        def terms(self, frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+            if self.calls == at:  # the first video of a validation
+                signal.raise_signal(signal.SIGTERM)
+            return super().terms(frames, prompts)
+
+    stopped = make(wan_dir, tmp_path / "parts", watched=Terminating(2, *[1.0] * 9))
+    with pytest.raises(Interrupted):
+        stopped.fit()
+    assert stopped.step == at
+    assert stopped.validation is not None
+    assert [record["step"] for record in records(tmp_path / "parts")] == [0] * (at > 0)
+    make(wan_dir, tmp_path / "parts").fit()
+    found = [{k: v for k, v in record.items() if "watched" not in k} for record in records(tmp_path / "parts")]
+    assert found == records(tmp_path / "whole")
+
+
 def test_a_new_start_has_no_old_validation(wan_dir: Path, tmp_path: Path) -> None:
     make(wan_dir, tmp_path, steps=2).fit()
     make(wan_dir, tmp_path, steps=1).fit(resume="never")
@@ -226,6 +248,14 @@ def test_each_guard_has_its_limit(name: str, inside: float, outside: float) -> N
     assert alarms([BASE, BASE | {name: outside}], off) == []
     better = {"sharpness": 9.0, "motion": 9.0, "saturation": 0.01, "watched": 9.0}
     assert alarms([BASE, BASE | {name: better[name]}], guards) == []
+
+
+def test_a_run_that_was_first_validated_later_has_no_base() -> None:
+    later = BASE | {"step": 10}
+    worse = later | {"step": 20, "motion": 0.01}
+    assert alarms([later, worse], GuardsConfig()) == []
+    (sentence,) = alarms([later, worse | {"watched": 0.5}], GuardsConfig())
+    assert "watched" in sentence
 
 
 def test_alarms_count_without_a_break() -> None:

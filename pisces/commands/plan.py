@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pisces.build import build_adapter, build_algorithm, build_batches, build_cache, video_size
+from pisces.algorithms import Batch
+from pisces.build import build_adapter, build_algorithm, build_batches, first_prompts, video_size
 from pisces.config import TrainConfig
 from pisces.decode import choose, describe, latents_shape, plan_decode
 from pisces.decode.plan import METHODS, made_on_meta, size_text
@@ -90,7 +91,9 @@ def plan_training(config: TrainConfig) -> str:
     """
     config = dataclasses.replace(config, pipeline=dataclasses.replace(config.pipeline, device="cpu"))
     adapter = build_adapter(config)
-    batch = build_batches(config, adapter, build_cache(config, adapter))[0]
+    # No video is opened, and no cache filled for another device than the run's.
+    prompts = first_prompts(build_batches(config, adapter), config.data.batch_size)
+    batch = Batch(prompts, latents=torch.zeros(len(prompts), *adapter.latent_shape(**video_size(config))))
     checkpointing = config.pipeline.gradient_checkpointing
     prepare(adapter, config.lora, seed=config.seed, gradient_checkpointing=checkpointing)
     algorithm = build_algorithm(config, adapter, MeanReward())

@@ -44,9 +44,9 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Path:
     if len(set(names)) < len(names):
         raise ValueError(f"report: the runs are called {names}, expected different names.")
     named = dict(zip(names, runs, strict=True))
-    logs = {name: read_log(run / STEPS_FILE) for name, run in named.items()}
-    validated = {name: run for name, run in named.items() if (run / VALIDATION_FILE).is_file()}
-    validations = {name: read_log(run / VALIDATION_FILE) for name, run in validated.items()}
+    logs = {name: _records(run / STEPS_FILE) for name, run in named.items()}
+    validated = {name: run for name, run in named.items() if _records(run / VALIDATION_FILE, missing_ok=True)}
+    validations = {name: _records(run / VALIDATION_FILE) for name, run in validated.items()}
     with tempfile.TemporaryDirectory() as folder:
         sections: list[tuple[str, list[Block]]] = [("Progress", [_progress(logs)])]
         if validations:
@@ -56,10 +56,19 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Path:
             ]
             files = {name: run / VALIDATION_FILE for name, run in validated.items()}
             sections.append(("Validation over steps", [_curves(Path(folder) / "v.png", files, validations)]))
-        files = {name: run / STEPS_FILE for name, run in named.items()}
-        sections.append(("Training over steps", [_curves(Path(folder) / "t.png", files, logs, ("reward", "loss"))]))
+        files = {name: run / STEPS_FILE for name, run in named.items() if logs[name]}
+        if files:
+            curves = _curves(Path(folder) / "t.png", files, logs, ("reward", "loss"))
+            sections.append(("Training over steps", [curves]))
         sections += [(f"Settings: {name}", [_settings(run)]) for name, run in named.items()]
         return html_page(output, ", ".join(names), sections, lead=_LEAD)
+
+
+def _records(file: Path, *, missing_ok: bool = False) -> list[dict[str, Any]]:
+    """Lines of a log; none of a run that has only begun."""
+    if file.is_file() and not file.stat().st_size or missing_ok and not file.is_file():
+        return []
+    return read_log(file)
 
 
 _LEAD = (
@@ -77,7 +86,7 @@ def _progress(logs: Mapping[str, list[dict[str, Any]]]) -> Table:
         rows.append(
             [
                 name,
-                str(records[-1]["step"]),
+                str(records[-1]["step"] if records else 0),
                 str(sum("skipped" in record for record in records)),
                 f"{seconds[len(seconds) // 2]:.3g}" if seconds else None,
                 f"{max(memory):.3g}" if memory else None,
@@ -97,8 +106,8 @@ def _change(validations: Mapping[str, list[dict[str, Any]]]) -> Table:
             before, after = first.get(key), last[key]
             share = f"{after / before:.0%}" if before and after is not None and before > 0 and after >= 0 else None
             rows.append([name, key, *(None if v is None else f"{v:.4g}" for v in (before, after)), share])
-    steps = ", ".join(f"{name}: {records[-1]['step']}" for name, records in validations.items())
-    return Table(["run", "measure", "base", "last", "share"], rows, note=f"Last validated step: {steps}.")
+    steps = ", ".join(f"{name}: {r[0]['step']} and {r[-1]['step']}" for name, r in validations.items())
+    return Table(["run", "measure", "first", "last", "share"], rows, note=f"Validated steps: {steps}; 0 is the base.")
 
 
 def _alarms(runs: Mapping[str, Path], validations: Mapping[str, list[dict[str, Any]]]) -> list[Block]:
@@ -127,12 +136,16 @@ def _clips(run: Path, records: Sequence[Mapping[str, Any]]) -> list[Block]:
     for row in rows[:SHOWN]:
         pair = [
             (label, folder / row["file_name"])
-            for label, folder in (("base", first), (f"step {records[-1]['step']}", last))
+            for label, folder in ((_label(records[0]), first), (_label(records[-1]), last))
             if (folder / row["file_name"]).is_file()
         ]
         if pair:
             blocks.append(Clips(pair, caption=row["text"]))
     return blocks or [Text("The videos of the validations are not in the run's folder any more.")]
+
+
+def _label(record: Mapping[str, Any]) -> str:
+    return f"step {record['step']}" if record["step"] else "base"
 
 
 def _curves(

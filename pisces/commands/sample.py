@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pisces.config import pipeline_path
 from pisces.data import atomic_path, read_video, write_metadata, write_video
 from pisces.pipelines import load_pipeline
+from pisces.pipelines.files import files_fingerprint
 from pisces.pipelines.trainable import best_device
 from pisces.report import contact_sheet
 
@@ -87,21 +88,34 @@ def sample(
     if lora is not None:
         adapter.load_lora(_lora_file(lora))
     defaults = getattr(adapter, "defaults", {})
+    rate = fps or defaults.get("fps", FPS)
     settings = {
         "pipeline": pipeline,
         "lora": str(lora) if lora else None,
         "steps": steps or defaults.get("steps"),
         "guidance": guidance,
+        "guidance_2": guidance_2,
+        "size": list(adapter.video_size(n_frames=n_frames, height=height, width=width)),
+        "fps": rate,
+        "lossless": lossless,
+        # A folder that was trained on again has the same name and other weights.
+        "weights": files_fingerprint(pipeline_path(pipeline)) + (files_fingerprint(lora) if lora else ""),
     }
-    if guidance_2 is not None:
-        settings["guidance_2"] = guidance_2
     rows = [
         {"prompt": text, "file_name": str(file.relative_to(output)), "seed": seed + i, **settings}
         for i, (text, file) in enumerate(zip(texts, files, strict=True))
     ]
     listing, content = output / "prompts.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if resume and listing.is_file() and listing.read_text(encoding="utf-8") != content:
+    there = listing.read_text(encoding="utf-8") if listing.is_file() else None
+    if resume and there != content and (there is not None or any(file.exists() for file in files)):
         raise ValueError(f"sample: {output} holds videos of other prompts or settings. Choose another --output.")
+    if names == "vbench" and files[0].parent.is_dir():
+        foreign = sorted({file.name for file in files[0].parent.iterdir()} - {file.name for file in files})
+        if foreign:
+            raise ValueError(
+                f"sample: {files[0].parent} holds {foreign[0]!r}, which is no video of these prompts and which VBench "
+                "would take for one. Choose another --output."
+            )
     missing = [i for i, file in enumerate(files) if not (resume and file.is_file())]
     bar = tqdm(total=len(files), initial=len(files) - len(missing), desc="sampling", unit="video", disable=None)
     with bar, torch.no_grad():
@@ -119,7 +133,7 @@ def sample(
                 with atomic_path(listing) as temporary:
                     temporary.write_text(content, encoding="utf-8")
             for i, video in zip(part, frames, strict=True):
-                write_video(files[i], video, fps=fps or defaults.get("fps", FPS), lossless=lossless)
+                write_video(files[i], video, fps=rate, lossless=lossless)
             bar.update(len(part))
     shown = torch.stack([read_video(file, n_frames=SHEET_FRAMES) for file in files[:MAX_SHEET]])
     contact_sheet(output / "contact-sheet.png", [("", shown)], texts[:MAX_SHEET])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -93,6 +94,22 @@ def read_defaults(root: Path) -> dict[str, int]:
 def write_defaults(root: Path, defaults: dict[str, int]) -> None:
     """Write ``pisces.json`` into a pipeline directory."""
     (root / DEFAULTS_FILE).write_text(json.dumps(defaults, indent=2) + "\n")
+
+
+def files_fingerprint(path: str | Path) -> str:
+    """A short digest of names, sizes and times of the files at a path: whether something was written there since.
+
+    Args:
+        path: a file or a folder; "" and what is not there have a digest of their own.
+    """
+    root = Path(path)
+    files = sorted(root.rglob("*")) if root.is_dir() else [root]
+    seen = []
+    for file in files:
+        if file.is_file():
+            stat = file.stat()
+            seen.append((str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
 @contextmanager
