@@ -119,6 +119,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> No
         load(official_state(model) | {"vision_encoder.clip_decoders.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"missing: .*, \.\.\."):  # the official sizes
         InternVideo2.from_checkpoint(tmp_path / "model.pt")
+    # As many positions, but in pictures of another size.
+    twice = replace(SMALL, size=2 * SMALL.size, n_frames=1)
+    torch.save({"module": official_state(model)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="patches a frame, expected"):
+        InternVideo2.from_checkpoint(tmp_path / "model.pt", config=twice)
     with pytest.raises(FileNotFoundError, match="no file"):
         InternVideo2.from_checkpoint(tmp_path / "nowhere.pt")
     torch.save({"module": {"temp": "warm"}}, tmp_path / "words.pt")

@@ -347,3 +347,21 @@ def test_a_map_that_harms_is_reported_and_one_that_helps_is_not() -> None:
         alignment_metrics(Alignment("ot", network=network), shared, shared, captions)
     assert [w for w in caught if "lowers r_at_1 from 1.000" in str(w.message)]
     assert [w for w in caught if "raises rho" in str(w.message)]
+
+
+def test_metrics_row_by_row_are_those_of_whole_matrices(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pisces.ot_map.metrics.ROWS", 7)
+    text, video = (torch.nn.functional.normalize(torch.randn(40, 6, dtype=torch.float64), dim=-1) for _ in range(2))
+    label = torch.arange(40)
+    assert retrieval_at_1(text, video, label) == pytest.approx(
+        float(((text @ video.T).argmax(1) == label).double().mean())
+    )
+    rewards = text @ video.T
+    typical = rewards.mean(0)
+    assert rho(text, video) == pytest.approx(float(typical.var() / (rewards - typical).var(1).mean()))
+    near = [
+        [set((z @ z.T).fill_diagonal_(-torch.inf)[i].topk(5).indices.tolist()) for i in range(40)]
+        for z in (text, video)
+    ]
+    overlap = [len(a & b) / 5 for a, b in zip(*near, strict=True)]
+    assert mutual_knn(text, video, k=5) == pytest.approx(sum(overlap) / 40)

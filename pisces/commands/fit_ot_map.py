@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -125,6 +126,7 @@ def fit_ot_map(
     text, video = found.text.to(place), found.video.to(place)
     alignment = _fit(text, video, found.captions, train, chosen_by, options)
     alignment.info |= source
+    alignment.save(output)  # before anything else that could fail
     # Beside the map stands what costs nothing: no alignment, and centring alone.
     kinds: list[Kind] = [kind for kind in KINDS if kind not in NEURAL] if compare else ["none", "center"]
     compared: dict[Kind, Alignment] = {
@@ -134,7 +136,6 @@ def fit_ot_map(
     }
     compared[options.kind] = alignment
     results, remarks = _measure(compared, text[test], video[test], [found.captions[i] for i in test.tolist()])
-    alignment.save(output)
     counts = f"fitted on {len(train)} videos, " + (f"chosen on {len(chosen_by)}, " if len(chosen_by) else "")
     counts += f"measured on {len(test)} others"
     _print(results, remarks[options.kind], counts, output)
@@ -150,6 +151,11 @@ def _check(
         raise ValueError(f"fit-ot-map: --output is {str(output)!r}, expected a name that ends in .safetensors.")
     if report is not None and report.suffix != ".html":
         raise ValueError(f"fit-ot-map: --report is {str(report)!r}, expected a name that ends in .html.")
+    for file in (output, report):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(file.parent, os.W_OK):
+                raise PermissionError(f"fit-ot-map: cannot write to {str(file.parent)!r}. Choose another --output.")
     if videos is None and embeddings is None:
         raise ValueError("fit-ot-map: give --videos, or --embeddings of a folder that an earlier call filled.")
     if not 0 < options.held_out < 1:

@@ -66,9 +66,9 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Path:
 
 def _records(file: Path, *, missing_ok: bool = False) -> list[dict[str, Any]]:
     """Lines of a log; none of a run that has only begun."""
-    if file.is_file() and not file.stat().st_size or missing_ok and not file.is_file():
+    if not file.is_file() and missing_ok:
         return []
-    return read_log(file)
+    return [] if file.is_file() and not file.stat().st_size else read_log(file)
 
 
 _LEAD = (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pisces.data import VideoFolder, VideoReadError, VideoShards, atomic_path
 from pisces.encoders import VideoTextEncoder
-from pisces.latent_cache import module_digest
+from pisces.latent_cache import module_digest, tokenizer_digest
 from pisces.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -286,7 +286,14 @@ def _content_digest(tensors: dict[str, Tensor], words: dict[str, Any]) -> str:
 def _encoder_digest(model: VideoTextEncoder) -> str:
     """Of the weights and of how videos are given to it."""
     weights = module_digest(model) if isinstance(model, torch.nn.Module) else type(model).__qualname__
-    return hashlib.sha256(repr((weights, model.n_frames, model.size)).encode()).hexdigest()
+    # A model of transformers inside: its heads and activations are in its own configuration.
+    inner = getattr(getattr(model, "model", None), "config", None)
+    settings = inner.to_json_string(use_diff=False) if inner is not None else ""
+    tokenizer = getattr(model, "tokenizer", None)
+    words = tokenizer_digest(tokenizer) if hasattr(tokenizer, "get_vocab") else ""
+    words = words or getattr(getattr(model, "words", None), "rules", "")
+    parts = (weights, settings, words, repr(getattr(model, "pixels", None)), model.n_frames, model.size)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _videos_digest(videos: VideoFolder | VideoShards) -> str:

@@ -138,7 +138,7 @@ def fit_alignment(
         torch.Size([256, 8])
     """
     check_kind(kind, "fit_alignment")
-    raw = text
+    raw, raw_video = text, video
     text, video = _embeddings(text, "text"), _embeddings(video, "video")
     if text.shape[1] != video.shape[1]:
         raise ValueError(
@@ -176,7 +176,8 @@ def fit_alignment(
             target,
             MapSettings(hidden, steps, batch_size, lr, cost_weight, objective, seed),
             score=None if held_out is None else _scorer(kind, parts, held_out),
-            scored_on=None if held_out is None else f"{held_out.metric} {digest(held_out.text, held_out.video)}",
+            data=f"{kind} {normalize_text} {digest(raw, raw_video)}",
+            scored_on=None if held_out is None else _identity(held_out),
             check_every=check_every,
             checkpoints=None if checkpoints is None else Path(checkpoints),
             save_every=save_every,
@@ -184,6 +185,11 @@ def fit_alignment(
         )
         info |= {**settings, "lr": lr, "cost_weight": cost_weight, "objective": objective, "seed": seed, **facts}
     return Alignment(kind, **parts, info=info).requires_grad_(False).eval()
+
+
+def _identity(held_out: HeldOut) -> str:
+    """What a score depends on beside the map."""
+    return f"{held_out.metric} {digest(held_out.text, held_out.video, caption_numbers(held_out.captions))}"
 
 
 def _scorer(kind: Kind, parts: dict[str, Any], held_out: HeldOut) -> Score:

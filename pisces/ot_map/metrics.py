@@ -15,6 +15,7 @@ from pisces_kernels import sinkhorn
 DIVERGENCE_EPSILON = 0.05
 NEIGHBOURS = 10  # the paper's k
 MOST_PAIRS = 4096  # of which distances are ranked and transport is solved: both make n x n matrices
+ROWS = 4096  # of a matrix of similarities that are held at a time
 
 
 def alignment_metrics(alignment: Alignment, text: Tensor, video: Tensor, captions: Sequence[str]) -> dict[str, float]:
@@ -95,7 +96,8 @@ def retrieval_at_1(text: Tensor, video: Tensor, label: Tensor) -> float:
         label: [n] long, equal for equal captions.
     """
     label = label.to(text.device)
-    return float((label[(text @ video.T).argmax(1)] == label).float().mean())
+    nearest = torch.cat([(part @ video.T).argmax(1) for part in text.split(ROWS)])
+    return float((label[nearest] == label).float().mean())
 
 
 def rho(text: Tensor, video: Tensor) -> float:
@@ -110,8 +112,11 @@ def rho(text: Tensor, video: Tensor) -> float:
         text: q [n, E].
         video: v [m, E].
     """
+    # Var_v(d . v) = d C d with the covariance C of the videos: no matrix of all texts with all videos
     mean = text.mean(0)
-    return float((video @ mean).var() / (video @ (text - mean).T).var(0).mean())
+    offsets, spread = text - mean, video - video.mean(0)
+    covariance = spread.T @ spread / (len(video) - 1)
+    return float((mean @ covariance @ mean) / ((offsets @ covariance) * offsets).sum(1).mean())
 
 
 def sinkhorn_divergence(x: Tensor, y: Tensor, *, epsilon: float = DIVERGENCE_EPSILON) -> float:
@@ -141,13 +146,18 @@ def mutual_knn(x: Tensor, y: Tensor, *, k: int = NEIGHBOURS) -> float:
     n = len(x)
     if len(y) != n or not 1 <= k < n:
         raise ValueError(f"mutual_knn: got {n} and {len(y)} rows and k = {k}, expected equal numbers and k below.")
-    neighbours = []
-    for z in (x, y):
-        z = F.normalize(z, dim=-1)
-        similarity = (z @ z.T).fill_diagonal_(-torch.inf)
-        nearest = similarity.topk(k, dim=1).indices
-        neighbours.append(torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, nearest, True))
-    return float((neighbours[0] & neighbours[1]).sum(1).float().mean() / k)
+    first, second = (_nearest(F.normalize(z, dim=-1), k) for z in (x, y))
+    return float((first[:, :, None] == second[:, None, :]).any(2).sum(1).float().mean() / k)
+
+
+def _nearest(z: Tensor, k: int) -> Tensor:
+    """Numbers [n, k] of the k rows that are most similar to each row, itself left out."""
+    found = []
+    for start in range(0, len(z), ROWS):
+        similarity = z[start : start + ROWS] @ z.T
+        similarity.diagonal(start).fill_(-torch.inf)
+        found.append(similarity.topk(k, dim=1).indices)
+    return torch.cat(found)
 
 
 def spearman(x: Tensor, y: Tensor) -> float:

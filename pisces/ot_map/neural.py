@@ -79,7 +79,7 @@ class MapFit:
         self.source, self.target, self.settings = source, target, settings
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.step_number = 0
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[source.device] if source.is_cuda else []):
             torch.manual_seed(settings.seed)
             network, potential = NeuralOTMap(dim, settings.hidden), NeuralOTMap(dim, settings.hidden, dim_out=1)
         self.network, self.potential = network.to(source), potential.to(source)
@@ -88,6 +88,11 @@ class MapFit:
             torch.optim.Adam(part.parameters(), settings.lr, weight_decay=WEIGHT_DECAY, fused=True)
             for part in (self.network, self.potential)
         ]
+
+    @property
+    def trained(self) -> bool:
+        """Whether the objective has been seen: the Sinkhorn divergence comes after the warm-up."""
+        return self.settings.objective == "max_min" or self.step_number > WARM_UP * self.settings.steps
 
     @torch.enable_grad()  # the caller may well be inside no_grad
     def step(self) -> None:
@@ -176,6 +181,7 @@ def train_map(
     settings: MapSettings,
     *,
     score: Score | None = None,
+    data: str | None = None,
     scored_on: str | None = None,
     check_every: int = 1000,
     checkpoints: Path | None = None,
@@ -189,6 +195,8 @@ def train_map(
         target: [m, E] where to.
         settings: of the training.
         score: the map that scores best at a check is returned; None returns the last one.
+        data: what tells the embeddings from others; None is a digest of both sides, which another device may compute
+            differently.
         scored_on: what the score depends on besides the map; a checkpoint of another one is refused.
         check_every: steps between checks; the last step is checked, too.
         checkpoints: folder for checkpoints; a fit that was stopped goes on from the newest, bit for bit.
@@ -210,7 +218,7 @@ def train_map(
         **asdict(settings),
         "check_every": check_every if score else None,
         "held_out": scored_on,
-        "data": digest(source, target),
+        "data": data or digest(source, target),
     }
 
     def save() -> None:
@@ -241,7 +249,7 @@ def train_map(
             fit.step()
             bar.update()
             last = fit.step_number == settings.steps
-            if score is not None and (last or fit.step_number % check_every == 0):
+            if score is not None and fit.trained and (last or fit.step_number % check_every == 0):
                 found = score(fit.network)
                 if best_score is None or found > best_score:
                     best = {name: value.clone() for name, value in fit.network.state_dict().items()}

@@ -49,6 +49,12 @@ class Standardized(Reward):
         """
         if len(values) < 2:
             raise ValueError(f"Standardized: got the rewards of {len(values)} videos, expected at least two.")
+        if not values.isfinite().all():
+            bad = int((~values.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"Standardized: the reward of reference video {bad} is {float(values[bad])}, expected a finite number. "
+                "Look at what the base model makes."
+            )
         std = float(values.std())
         # a spread of rounding errors would blow every difference up
         if not std > 1e-7 * max(1.0, float(values.abs().max())):

@@ -25,6 +25,7 @@ WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
 """Endings of files that `read_weights` reads."""
 
 _POSITIONS = "vision_encoder.pos_embed"
+_PICTURE_POSITIONS = "vision_encoder.img_pos_embed"
 _SHOWN = 8  # names in a message
 
 
@@ -95,6 +96,11 @@ def fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], n_frames: int
     """
     used = {name: value for name, value in state.items() if not name.startswith(UNUSED)}
     positions = used.get(_POSITIONS)
+    picture = state.get(_PICTURE_POSITIONS)
+    other_size = []
+    if picture is not None and picture.dim() == 3 and picture.shape[1] - 1 != patches:
+        # Four frames of 16 x 16 patches are as many positions as one of 32 x 32.
+        other_size = [f"{_POSITIONS} has {picture.shape[1] - 1} patches a frame, expected {patches} for this size"]
     if (
         positions is not None
         and positions.dim() == 3
@@ -107,6 +113,7 @@ def fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], n_frames: int
         for name, value in wanted.items()
         if name in used and used[name].shape != value.shape
     ]
+    wrong += other_size
     problems = {
         "missing": [name for name in wanted if name not in used],
         "unexpected": [name for name in used if name not in wanted],

@@ -61,6 +61,11 @@ class WordPieces:
         self._tokenizer.normalizer = BertNormalizer(lowercase=True)
         self._tokenizer.pre_tokenizer = BertPreTokenizer()
 
+    @property
+    def rules(self) -> str:
+        """All that the pieces of a text depend on, as JSON."""
+        return self._tokenizer.to_str()
+
     def encode(self, prompts: Sequence[str], *, max_tokens: int, who: str = "WordPieces.encode") -> list[list[int]]:
         """Indices of each prompt, [CLS] first and [SEP] last, not padded.
 
