@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,15 +35,13 @@ from pisces.latent_cache import LatentCache
 from pisces.ot_map import Alignment
 from pisces.pipelines import load_pipeline
 from pisces.pipelines.base import PipelineAdapter
+from pisces.pipelines.files import files_fingerprint
 from pisces.pipelines.trainable import best_device, prepare
 from pisces.processes import join_processes
-from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, Standardized
-from pisces.state import step_generator
+from pisces.reference import REFERENCE_FILE, ReferenceVideos, standardized
+from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward
 from pisces.trainer import Trainer
 from pisces.validation import Validation
-
-# Apart from the noise of the steps, whose generators are seeded by (seed, step, part).
-REFERENCE_TAG = 0x5CA1E
 
 
 def build_training(config: TrainConfig) -> Trainer:
@@ -134,7 +131,7 @@ def build_rewards(
     """The rewards of a section such as ``config.rewards``.
 
     With ``standardize`` the scale is taken over samples of the model as it is now, for prompts of the data: the
-    reward then counts in standard deviations of what the base makes.
+    reward then counts in standard deviations of what the base makes. The output folder remembers it.
     """
     encoder = load_encoder(resolve_path(settings.encoder)).to(adapter.device)
     alignment = None if settings.ot_map is None else Alignment.load(resolve_path(settings.ot_map)).to(adapter.device)
@@ -144,7 +141,9 @@ def build_rewards(
     if settings.semantic:
         parts["semantic"] = SemanticReward(encoder, transport=settings.transport)
     if settings.standardize:
-        parts = _standardized(parts, reference_videos(settings.reference_batch, config, adapter, batches))
+        videos = reference_videos(settings.reference_batch, config, adapter, batches)
+        identity = _reference_identity(settings, config, videos, batches)
+        parts = standardized(parts, videos, file=Path(config.output.dir) / REFERENCE_FILE, identity=identity)
     return CompositeReward(parts, {name: getattr(settings, name) for name in parts})
 
 
@@ -196,34 +195,34 @@ def sampler_steps(config: TrainConfig, adapter: PipelineAdapter) -> int:
     return settings.steps if isinstance(settings, DraftConfig | GrpoConfig) else adapter.defaults.get("steps", 50)
 
 
-@torch.no_grad()
-def _standardized(parts: dict[str, Reward], videos: Iterator[tuple[torch.Tensor, list[str]]]) -> dict[str, Reward]:
-    """The rewards, standardised over videos that come part by part: 64 of 81 x 480 x 832 would take 25 GB."""
-    rewards = CompositeReward(parts, dict.fromkeys(parts, 1.0))
-    terms = [rewards.terms(frames, prompts) for frames, prompts in videos]
-    return {
-        name: Standardized.over(part, torch.cat([values[name] for values in terms])) for name, part in parts.items()
-    }
-
-
 def reference_videos(
     wanted: int, config: TrainConfig, adapter: PipelineAdapter, batches: PromptBatches | VideoBatches
-) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    """Videos of the model as it is now, for the first prompts of the data order: ``(frames, prompts)``, by parts.
+) -> ReferenceVideos:
+    """Videos of the model as it is now, for the first prompts of the data order."""
+    return ReferenceVideos(
+        adapter,
+        first_prompts(batches, wanted),
+        batch_size=config.data.batch_size,
+        steps=sampler_steps(config, adapter),
+        size=video_size(config),
+        seed=config.seed,
+    )
 
-    A part is sampled when it is asked for, ``data.batch_size`` videos at a time.
-    """
-    prompts = first_prompts(batches, wanted)
-    steps = sampler_steps(config, adapter)
-    n_frames, height, width = adapter.video_size(**video_size(config))
-    generator = step_generator(config.seed, REFERENCE_TAG, 0, 0)
-    size = config.data.batch_size
-    for start in range(0, wanted, size):
-        part = prompts[start : start + size]
-        latents = adapter.sample(part, steps=steps, generator=generator, n_frames=n_frames, height=height, width=width)
-        with torch.no_grad():
-            frames = adapter.decode(latents)
-        yield frames, part
+
+def _reference_identity(
+    settings: RewardsConfig, config: TrainConfig, videos: ReferenceVideos, batches: PromptBatches | VideoBatches
+) -> dict[str, Any]:
+    """All that the scale of the rewards depends on."""
+    pipeline = config.pipeline
+    files = (pipeline_path(pipeline.path), resolve_path(settings.encoder))
+    return {
+        "rewards": asdict(settings),
+        "pipeline": [pipeline.path, pipeline.dtype, pipeline.vae_dtype, videos.size],
+        "sampler": [videos.steps, config.data.batch_size, config.seed],
+        "prompts": batches.fingerprint,
+        "files": [files_fingerprint(file) for file in files]
+        + ([files_fingerprint(resolve_path(settings.ot_map))] if settings.ot_map else []),
+    }
 
 
 def build_algorithm(config: TrainConfig, adapter: PipelineAdapter, rewards: RewardModule | None) -> Algorithm:

@@ -95,7 +95,7 @@ def test_rewards_of_the_base_are_standardized(world: Path, tmp_path: Path) -> No
     config = settings(world, tmp_path)
     rewards: Any = build_training(config).algorithm.rewards  # type: ignore[attr-defined]
     adapter = load_pipeline(world / "wan")
-    parts = list(reference_videos(4, config, adapter, build_batches(config, adapter)))
+    parts = list(reference_videos(4, config, adapter, build_batches(config, adapter))(range(2)))
     assert [len(part) for _, part in parts] == [2, 2]  # data.batch_size at a time
     frames, prompts = torch.cat([part for part, _ in parts]), [prompt for _, part in parts for prompt in part]
     for values in rewards.terms(frames, prompts).values():
@@ -112,6 +112,45 @@ def test_rewards_of_the_base_are_standardized(world: Path, tmp_path: Path) -> No
     terms = raw.terms(frames, prompts)
     assert set(terms) == {"semantic"}
     assert float(terms["semantic"].std()) != pytest.approx(1.0, abs=1e-2)
+
+
+def test_the_scale_of_the_rewards_is_found_once_a_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, calls = PipelineAdapter.decode, []
+
+    def counted(adapter: PipelineAdapter, latents: torch.Tensor) -> torch.Tensor:
+        calls.append(len(latents))
+        return decode(adapter, latents)
+
+    def scale(**sections: Any) -> list[tuple[float, float]]:
+        rewards: Any = build_training(settings(world, tmp_path, **sections)).algorithm.rewards  # type: ignore[attr-defined]
+        return [(float(part.mean), float(part.std)) for part in rewards.rewards.values()]
+
+    monkeypatch.setattr(PipelineAdapter, "decode", counted)
+    first = scale()
+    assert calls == [2, 2]
+    assert scale() == first
+    assert scale(steps=9) == first
+    assert calls == [2, 2]
+    # Whatever it depends on is looked at.
+    assert scale(seed=4) != first
+    assert scale(algorithm={"name": "draft", "steps": 3}) != first
+    encoder = next((world / "encoder").glob("*.safetensors"))
+    os.utime(encoder, ns=(1, 1))
+    assert scale() == first
+    assert len(calls) == 8
+
+
+def test_parts_of_the_reference_do_not_depend_on_who_makes_them(world: Path, tmp_path: Path) -> None:
+    config = settings(world, tmp_path)
+    adapter = load_pipeline(world / "wan")
+    videos = reference_videos(5, config, adapter, build_batches(config, adapter))
+    whole = [frames for frames, _ in videos(range(3))]
+    divided = [frames for numbers in (range(0, 3, 2), range(1, 3, 2)) for frames, _ in videos(numbers)]
+    assert [len(frames) for frames in whole] == [2, 2, 1]
+    for mine, theirs in zip(whole, (divided[0], divided[2], divided[1]), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_one_part_of_the_reference_is_held_at_a_time(
