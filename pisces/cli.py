@@ -217,6 +217,7 @@ def fit_ot_map(
         float, typer.Option(help="Share of the videos to measure on; of the rest, the share to choose the map by.")
     ] = 0.2,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
+    embed_batch: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 32,
 ) -> None:
     """Fit the map that carries text embeddings onto the distribution of real-video embeddings.
 
@@ -264,6 +265,7 @@ def fit_ot_map(
         compare=compare,
         report=report,
         device=device,
+        embed_batch=embed_batch,
     )
 
 

@@ -358,6 +358,7 @@ def test_train_resumes_and_its_lora_changes_the_samples(wan: Path, tmp_path: Pat
         "rewards": {"reference_batch": 4, "transport": None},
         "optimizer": {"lr": 0.05, "accumulation": 1},
         "lora": {"rank": 2, "alpha": 2},
+        "validation": {"n": 1},
         "output": {"dir": str(tmp_path / "run"), "save_every": 1},
         "steps": 1,
     }

@@ -82,6 +82,16 @@ def test_a_folder_holds_what_one_pass_gives(videos: VideoFolder, model: TinyEnco
     assert sorted(os.listdir(tmp_path)) == [f"{k:06d}.safetensors" for k in range(3)] + ["embeddings.json"]
 
 
+def test_embeddings_do_not_depend_on_the_batch(videos: VideoFolder, model: TinyEncoder) -> None:
+    everything = range(len(videos))
+    one, many = (embed(videos, model, everything, batch_size=n) for n in (1, 5))
+    for mine, theirs in ((one.text, many.text), (one.video, many.video)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert one.captions == many.captions
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        embed(videos, model, everything, batch_size=0)
+
+
 def test_a_resumed_or_divided_extraction_is_the_same(
     videos: VideoFolder, model: TinyEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def settings(wan_dir: Path, videos: Path, output: Path, *, cache: Path | None, *
         "algorithm": {"name": "flow_matching", "caption_dropout": 0.5},
         "optimizer": {"lr": 1e-3, "accumulation": 1},
         "lora": {"rank": 2, "alpha": 2},
+        "validation": {"every": 0},
         "output": {"dir": str(output), "save_every": 2},
         "steps": 4,
         **sections,

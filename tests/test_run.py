@@ -62,6 +62,7 @@ def settings(world: Path, output: Path, **sections: Any) -> TrainConfig:
         "algorithm": {"name": "draft", "steps": 2},
         "optimizer": {"lr": 1e-3, "accumulation": 1},
         "lora": {"rank": 2, "alpha": 2},
+        "validation": {"every": 1, "n": 1},
         "output": {"dir": str(output), "save_every": 1},
         "steps": 2,
         **sections,

@@ -90,6 +90,7 @@ def fit_ot_map(
     compare: bool = False,
     report: Path | None = None,
     device: str | None = None,
+    embed_batch: int = 32,
 ) -> dict[str, dict[str, float]]:
     """Embed captioned videos, fit an alignment on one part, measure it on the other, write it.
 
@@ -103,6 +104,7 @@ def fit_ot_map(
         compare: fit all kinds without training, too.
         report: .html to write, with a .png beside it.
         device: of encoder and fit; None is the first GPU if there is one, else the CPU.
+        embed_batch: videos that the encoder sees at a time.
 
     Returns:
         Metrics by kind; nothing in processes that embed only.
@@ -117,7 +119,7 @@ def fit_ot_map(
     if processes.count > 1 and embeddings is None:
         raise ValueError("fit-ot-map: several processes need a folder in which to meet. Add --embeddings DIR.")
     place = torch.device(device or joined or best_device())
-    found, source = _embeddings(videos, embeddings, encoder, place, processes)
+    found, source = _embeddings(videos, embeddings, encoder, place, processes, embed_batch)
     if not processes.is_main:
         return {}
     if paper:
@@ -169,7 +171,12 @@ def _check(
 
 
 def _embeddings(
-    videos: Path | None, folder: Path | None, encoder: str, device: torch.device, processes: Processes
+    videos: Path | None,
+    folder: Path | None,
+    encoder: str,
+    device: torch.device,
+    processes: Processes,
+    batch_size: int,
 ) -> tuple[Embeddings, dict[str, Any]]:
     """The embeddings, made where they are not there yet, and what the alignment's file says of their source."""
     n_videos = 0
@@ -177,11 +184,12 @@ def _embeddings(
         model = load_encoder(resolve_path(encoder)).to(device)
         opened = open_videos(videos, n_frames=model.n_frames, size=model.size)
         n_videos = len(opened)
+        how: dict[str, Any] = {"batch_size": batch_size, "device": device}
         with tqdm(total=-(-n_videos // processes.count), desc="embedding", unit="video", disable=None) as bar:
             if folder is None:
-                found = embed(opened, model, range(len(opened)), device=device, progress=bar.update)
+                found = embed(opened, model, range(len(opened)), progress=bar.update, **how)
             else:
-                extract(folder, opened, model, processes=processes, device=device, progress=bar.update)
+                extract(folder, opened, model, processes=processes, progress=bar.update, **how)
     source: dict[str, Any] = {}
     if folder is not None:
         if not processes.is_main:

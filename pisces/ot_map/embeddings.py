@@ -67,6 +67,7 @@ def embed(
     model: VideoTextEncoder,
     items: range,
     *,
+    batch_size: int | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = lambda n: None,
 ) -> Embeddings:
@@ -76,18 +77,25 @@ def embed(
         videos: opened with the `n_frames` and `size` of the encoder.
         model: the encoder, on `device`.
         items: their numbers.
+        batch_size: videos at a time; None is 32. Embeddings do not depend on it, beyond rounding.
         device: where the encoder is.
         progress: called after each batch.
 
     Returns:
         The embeddings, on the CPU.
+
+    Raises:
+        ValueError: a batch of nothing.
     """
     texts = [torch.empty(0, model.embed_dim)]
     embedded = [torch.empty(0, model.embed_dim)]
     captions: list[str] = []
     unreadable: list[tuple[str, str]] = []
-    for start in range(0, len(items), BATCH_SIZE):
-        batch = items[start : start + BATCH_SIZE]
+    batch_size = BATCH_SIZE if batch_size is None else batch_size
+    if batch_size < 1:
+        raise ValueError(f"embed: batch_size is {batch_size}, expected at least 1.")
+    for start in range(0, len(items), batch_size):
+        batch = items[start : start + batch_size]
         frames: list[Tensor] = []
         words: list[str] = []
         for i in batch:
@@ -112,6 +120,7 @@ def extract(
     model: VideoTextEncoder,
     *,
     shard_pairs: int = SHARD_PAIRS,
+    batch_size: int | None = None,
     processes: Processes | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = lambda n: None,
@@ -128,6 +137,7 @@ def extract(
         videos: opened with the `n_frames` and `size` of the encoder.
         model: the encoder, on `device`.
         shard_pairs: videos a shard.
+        batch_size: videos at a time, as in `embed`.
         processes: those among which the shards are divided; None: this one alone.
         device: where the encoder is.
         progress: called with the videos of every batch, and of every shard that is there already.
@@ -158,7 +168,8 @@ def extract(
     # From here on a shard that is there is whole, so `wait_for_shards` need not read them.
     processes.wait()
     for k in wanted:
-        _write_shard(_shard_file(folder, k), embed(videos, model, shards[k], device=device, progress=progress))
+        part = embed(videos, model, shards[k], batch_size=batch_size, device=device, progress=progress)
+        _write_shard(_shard_file(folder, k), part)
 
 
 def wait_for_shards(folder: str | Path, *, seconds: float = 1.0) -> None:
