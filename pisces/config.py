@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,10 @@ class TrainConfig:
                 raise type(error)(f"data.videos: {error}") from error
         if not self.data.videos and not self.data.prompts:
             raise ValueError("data: got neither prompts nor videos, expected one of the two.")
+        if "wandb" in self.output.trackers and find_spec("wandb") is None:
+            raise ValueError(
+                "output.trackers: wandb is not installed. Install it (pip install wandb), or leave it out."
+            )
         named = {
             "pipeline.path": self.pipeline.path,
             "data.prompts": self.data.prompts,

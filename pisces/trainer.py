@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from pisces.pipelines.base import PipelineAdapter
 from pisces.pipelines.trainable import trained_parameters
 from pisces.processes import Processes
 from pisces.progress import memory_gb, progress_bar, show, start_memory
+from pisces.run_folder import clear, refuse_results
 from pisces.run_log import Record, RunLog
 from pisces.sections import flat
 from pisces.signals import StopSignals
@@ -452,24 +452,16 @@ class Trainer:
         path = latest_checkpoint(checkpoints) if resume == "auto" else None
         if resume not in ("auto", "never"):
             path = Path(resume)
-        if path is None and self.processes.is_main:
-            self._clear()
+        if resume == "never" and self.processes.is_main:
+            clear(self.output)
+        elif path is None:
+            refuse_results(self.output)
         self.processes.wait()
         if path is not None:
             self.load(path)
         if self.processes.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             write_text(self.output / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
-
-    def _clear(self) -> None:
-        """Delete what an earlier run left: it would be resumed from, or taken for this run's."""
-        # By name: the folder is the user's, and may hold other things.
-        made = ("checkpoints/step-*", "final", "best", "validation/step-*", "tensorboard/events.out.tfevents.*")
-        for path in [path for pattern in made for path in self.output.glob(pattern)]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
     @contextmanager
     def _log(self) -> Iterator[RunLog | None]:

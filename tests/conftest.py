@@ -112,6 +112,14 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.fixture
+def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide and without colours, so that output can be searched."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """For many small tensors: threads that wait for each other cost more than they save."""
     before = torch.get_num_threads()

@@ -176,3 +176,13 @@ def test_paths_know_the_package_and_home() -> None:
 def test_there_is_an_example_for_each_algorithm() -> None:
     configs = [TrainConfig.from_dict(yaml.safe_load(path.read_text())) for path in EXAMPLES]
     assert {config.algorithm.name for config in configs} == set(ALGORITHMS)
+
+
+def test_a_tracker_that_is_not_installed_is_named(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pisces.config.find_spec", lambda name: None)
+    config = TrainConfig.from_dict(files | {"output": {"trackers": ["wandb"]}})  # settings of others can be read
+    with pytest.raises(ValueError, match=r"output\.trackers: wandb is not installed"):
+        config.check_inputs()
+    TrainConfig.from_dict(files).check_inputs()
+    with pytest.raises(ValueError, match="tensorboard"):
+        TrainConfig.from_dict({"output": {"trackers": ["tensorbord"]}})

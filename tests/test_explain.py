@@ -29,12 +29,7 @@ from pisces_kernels import reference
 CLOSE = Transport(max_iters=3000, tol=1e-7)  # a batch may iterate longer than one of its samples would alone
 
 
-@pytest.fixture(autouse=True)
-def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wide and without colours, so that output can be searched."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setenv("NO_COLOR", "1")
+pytestmark = pytest.mark.usefixtures("plain_terminal")
 
 
 def run(*arguments: object) -> Result:

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -188,6 +189,16 @@ def test_a_new_start_is_new(wan_dir: Path, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "mine.txt").is_file()
     assert [line["step"] for line in log_of(again)] == [1]
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [1]
+
+
+def test_a_model_without_a_checkpoint_is_not_trained_over(wan_dir: Path, tmp_path: Path) -> None:
+    make(wan_dir, settings(tmp_path, steps=1)).fit()
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "final").rglob("*")}
+    with pytest.raises(CheckpointError, match="holds final of an earlier run"):
+        make(wan_dir, settings(tmp_path, steps=1)).fit()
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "final").rglob("*")} == before
+    make(wan_dir, settings(tmp_path, steps=1)).fit(resume="never")
 
 
 def test_a_checkpoint_that_lacks_a_part_is_named(wan_dir: Path, tmp_path: Path) -> None:

@@ -162,6 +162,19 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
+def check_pairs(text: TextFeatures, video: VideoFeatures, who: str) -> None:
+    """Refuse texts and videos that are not as many: row i is scored against row i.
+
+    Raises:
+        ValueError: different batch sizes.
+    """
+    if len(text.tokens) != len(video.tokens):
+        raise ValueError(
+            f"{who}: got {len(text.tokens)} texts and {len(video.tokens)} videos, expected as many of each: row i is "
+            "scored against row i."
+        )
+
+
 def check_prompts(prompts: Sequence[str], who: str) -> list[str]:
     """The prompts as a list; a bare string and an empty prompt are refused.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pisces.encoders.attention import cross_attention
-from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, unit
+from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, check_pairs, unit
 from pisces.encoders.pretrained import Pixels, Words, model_type, read_prompts
 from pisces.tokens import TokenGrid
 
@@ -124,11 +124,7 @@ class BlipEncoder(nn.Module):
         Raises:
             ValueError: different batch sizes.
         """
-        if len(text.tokens) != len(video.tokens):
-            raise ValueError(
-                f"BlipEncoder.match: got {len(text.tokens)} texts and {len(video.tokens)} videos, expected as many of "
-                "each: row i is scored against row i."
-            )
+        check_pairs(text, video, "BlipEncoder.match")
         images = video.tokens.unflatten(1, (-1, self.frame.n_tokens))  # [B, T, 1 + patches, D]
         n_frames = images.shape[1]
         images = images.flatten(0, 1)

@@ -24,6 +24,7 @@ from pisces.encoders.base import (
     AttentionRefiner,
     TextFeatures,
     VideoFeatures,
+    check_pairs,
     check_prompts,
     resample,
 )
@@ -286,11 +287,7 @@ class TinyEncoder(nn.Module):
         Raises:
             ValueError: different batch sizes.
         """
-        if len(text.tokens) != len(video.tokens):
-            raise ValueError(
-                f"TinyEncoder.match: got {len(text.tokens)} texts and {len(video.tokens)} videos, expected as many "
-                "of each: row i is scored against row i."
-            )
+        check_pairs(text, video, "TinyEncoder.match")
         x, mask = text.tokens, text.mask[:, None, None]
         for block in self.fusion_blocks:
             x = block(x, mask, video, text.lexical, refine)

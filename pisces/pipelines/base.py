@@ -473,16 +473,12 @@ class PipelineAdapter(ABC):
     def save_lora(self, path: str | Path) -> Path:
         """Write the active LoRA adapter as ``pipe.load_lora_weights(path)`` reads it, rank and alpha included.
 
-        That of Wan 2.2's second denoiser is in the folder ``transformer_2`` of it, for
-        ``pipe.load_lora_weights(path + "/transformer_2", load_into_transformer_2=True)``. A pipeline without that
-        method (HunyuanVideo 1.5) reads it by
+        That of Wan 2.2's second denoiser is in its folder ``transformer_2``, to be loaded with
+        ``load_into_transformer_2=True``. A pipeline without that method (HunyuanVideo 1.5) reads it by
         ``pipe.transformer.load_lora_adapter(path, prefix=None, weight_name="pytorch_lora_weights.safetensors")``.
 
         Args:
-            path: the directory; an older one of that name is replaced.
-
-        Returns:
-            The directory.
+            path: the directory, which is returned; an older one of that name is replaced.
 
         Raises:
             ValueError: if a denoiser has no LoRA adapter.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, resample, unit
+from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, check_pairs, resample, unit
 from pisces.encoders.internvideo2.checkpoint import WEIGHTS, fit, read_weights
 from pisces.encoders.internvideo2.config import InternVideo2Config
 from pisces.encoders.internvideo2.text import Bert
@@ -159,11 +159,7 @@ class InternVideo2(nn.Module):
         Raises:
             ValueError: different batch sizes.
         """
-        if len(text.tokens) != len(video.tokens):
-            raise ValueError(
-                f"InternVideo2.match: got {len(text.tokens)} texts and {len(video.tokens)} videos, expected as many "
-                "of each: row i is scored against row i."
-            )
+        check_pairs(text, video, "InternVideo2.match")
         x = self.text_encoder["bert"].fuse(text.tokens, text.mask, video, text.lexical, refine)[:, 0]
         wide, head = torch.promote_types(x.dtype, torch.float32), self.itm_head
         logits = F.linear(x.to(wide), head.weight.to(wide), head.bias.to(wide))
