@@ -70,10 +70,11 @@ def group_advantages(rewards: Tensor, group_size: int, limit: float) -> Tensor:
 
     Samples of a group are neighbours. A group whose rewards are equal has no advantage.
     """
-    groups = rewards.view(-1, group_size)
+    # In float64 a group's advantages add up to 0 also if its rewards differ in their last digits.
+    groups = rewards.double().view(-1, group_size)
     deviation = groups.std(1, correction=0, keepdim=True)
     advantages = (groups - groups.mean(1, keepdim=True)) / deviation.clamp_min(LEAST_DEVIATION)
-    return torch.where(deviation < LEAST_DEVIATION, 0.0, advantages).clamp(-limit, limit).flatten()
+    return torch.where(deviation < LEAST_DEVIATION, 0.0, advantages).clamp(-limit, limit).flatten().to(rewards.dtype)
 
 
 @dataclass
