@@ -8,22 +8,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from . import limits, memory
+from .machine import machine, versions
 from .report import write_report
 from .workloads import BY_NAME, WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "numpy", "POT", "geomloss", "jax", "jaxlib", "ott-jax", "pykeops", "pytest-benchmark")
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1", "JAX_PLATFORMS": "cpu",
@@ -56,31 +54,6 @@ def environment(smoke: bool) -> dict[str, str]:
     """One thread for everybody; in smoke runs torch.compile does nothing, to save its time."""
     extra = {"BENCH_SMOKE": "1", "TORCHDYNAMO_DISABLE": "1"} if smoke else {}
     return {**os.environ, **ONE_THREAD, **extra}
-
-
-def machine() -> dict[str, Any]:
-    """Where it ran."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    wide = "AVX-512" if " avx512f" in flags else "AVX2" if " avx2" in flags else ""
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(), "vectors": wide,
-        "cores": os.cpu_count(), "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-    }  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that matter."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def commit() -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from pisces.decode import decode
 from pisces.decode.meter import TensorMeter
+from pisces.video import atomic_path
 
 Record = dict[str, Any]
 FRAMES = (5, 17, 33, 65, 129, 257, 513, 1025)
@@ -250,10 +250,8 @@ def fits(measured: dict[str, Record], frames: int, arguments: argparse.Namespace
 
 def write(file: Path, results: Record) -> None:
     """All results, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(partial, file)
+    with atomic_path(file) as partial:
+        partial.write_text(json.dumps(results, indent=1) + "\n")
 
 
 PREFACE = """# Measured: gradients through the decoding of videos

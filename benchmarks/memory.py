@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,16 @@ def peak(workload: Workload, contender: Contender, smoke: bool = False) -> int:
     if any(word in contender.name for word in COMPILES):
         prepared.call()
     del held, tiny
+    return peak_of(prepared.call)
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """Bytes that a call needs beyond what is resident before it, its result included."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text("5")  # the high-water mark starts again at what is resident now
     before = resident("VmRSS")
-    value = prepared.call()
+    value = call()
     most = resident("VmHWM")
     del value
     return most - before

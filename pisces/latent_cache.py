@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -181,7 +182,9 @@ def _versions(packages: tuple[str, ...]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """A configuration as JSON can hold it, without the keys that say where it came from."""
+    """A configuration as JSON can hold it, without keys that say where it came from or fields that do not compare."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value) if field.compare}
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):

@@ -439,6 +439,7 @@ def test_faults_of_a_folder_name_the_file(tmp_path: Path) -> None:
         ([{"video": "a.mp4", "text": "x"}], ValueError, "file_name"),
         ([["a.mp4", "x"]], ValueError, "file_name"),
         ([{"file_name": "../outside.mp4", "text": "x"}], ValueError, "outside the folder"),
+        ([{"file_name": str(tmp_path.parent / "outside.mp4"), "text": "x"}], ValueError, "outside the folder"),
         ([], ValueError, "lists no video"),
     ]
     for rows, kind, message in cases:
@@ -463,6 +464,18 @@ def test_faults_of_a_folder_name_the_file(tmp_path: Path) -> None:
         VideoFolder(tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder"):
         VideoFolder(tmp_path / "absent")
+
+
+def test_a_folder_may_hold_links(tmp_path: Path) -> None:
+    """Data that lies on another disk; the folder itself may be one, too."""
+    write_video(tmp_path / "disk" / "a.mp4", moving_shapes(2))
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "here.mp4").symlink_to(tmp_path / "disk" / "a.mp4")
+    write_metadata(tmp_path / "videos", [{"file_name": "here.mp4", "text": "x"}])
+    (tmp_path / "link").symlink_to(tmp_path / "videos")
+    for name in ("videos", "link"):
+        frames, caption = VideoFolder(tmp_path / name)[0]
+        assert (frames.shape[1], caption) == (3, "x")
 
 
 def test_prompts_of_every_format(tmp_path: Path) -> None:

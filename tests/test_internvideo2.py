@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pisces.encoders import InternVideo2, resample
 from pisces.encoders.internvideo2.wordpiece import WordPieces
+from pisces.latent_cache import module_digest
 from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport, TransportRefiner, leverage
 from pisces_kernels.compat import pisces as released
 
@@ -313,3 +314,13 @@ def test_the_fused_layers_gelu_is_another_one() -> None:
     frames = some_frames(1)
     difference = (other.encode_video(frames).embedding - model.encode_video(frames).embedding).abs().max()
     assert 1e-7 < difference < 1e-2
+
+
+def test_activation_checkpointing_is_no_other_encoder() -> None:
+    """What a folder of embeddings or a cache is known by depends on what the encoder computes."""
+    model = small_model()
+    digest = module_digest(model)
+    model.config = replace(model.config, checkpoint=True)
+    assert module_digest(model) == digest
+    model.config = replace(model.config, gelu="tanh")
+    assert module_digest(model) != digest

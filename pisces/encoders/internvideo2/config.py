@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pisces.tokens import TokenGrid
 
@@ -56,7 +56,7 @@ class InternVideo2Config:
     max_tokens: int = 300
     embedding_tokens: int = 40
     gelu: str = "none"
-    checkpoint: bool = False
+    checkpoint: bool = field(default=False, compare=False)  # no result depends on it
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
