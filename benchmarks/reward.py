@@ -50,7 +50,7 @@ LOGIT_DEVIATION = (
     3.0  # of the attention's logits over the video tokens: attention that is peaked, as a trained one's is
 )
 TOLERANCE = 0.02
-ROUNDS, BUDGET_SECONDS = 7, 60.0
+ROUNDS, BUDGET_SECONDS = 7, 30.0
 
 
 @dataclass(frozen=True)

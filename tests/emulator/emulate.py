@@ -10,6 +10,7 @@ ThreadSanitizer is the race detector: in shared, cluster and global memory, a mi
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import random
 import shutil
@@ -59,16 +60,22 @@ def tool(name: str) -> str:
 
 
 def build(name: str, *options: str, target: str = "all", kernels: Path = ROOT / "csrc" / "cuda") -> Path:
-    """Configure and build one variant: its folder. kernels: the folder of the .cu files."""
+    """Configure and build one variant: its folder. kernels: the folder of the .cu files.
+
+    Who comes while another process builds it waits: tests may run in several.
+    """
     folder = BUILD / name
+    BUILD.mkdir(parents=True, exist_ok=True)
     arguments = ["-DEMULATOR=ON", f"-DCUDA_KERNELS={kernels}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", *CPU, *options]
-    for command in (
-        [tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *arguments],
-        [tool("cmake"), "--build", str(folder), "--target", target],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise SystemExit(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    with (BUILD / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            [tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *arguments],
+            [tool("cmake"), "--build", str(folder), "--target", target],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise SystemExit(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
     return folder
 
 
