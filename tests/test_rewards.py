@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_encoder import some_videos, tiny_encoder
@@ -21,6 +23,8 @@ from pisces.rewards import (
     leverage,
     standardize,
 )
+from pisces.rewards.semantic import ROWS
+from pisces.tokens import TokenGrid
 from pisces.world import checkpoint_path, scene
 from pisces_kernels import transport_attention
 
@@ -35,6 +39,7 @@ def rewards() -> dict[str, Reward]:
         "semantic_probability": SemanticReward(encoder, transport=None, log=False),
         "semantic_tau": SemanticReward(encoder, transport=Transport()),
         "semantic_mass": SemanticReward(encoder, transport=Transport(mass=0.7)),
+        "semantic_weighted": SemanticReward(encoder, transport=Transport(mass=0.7, rows="mass")),
         "composite": CompositeReward(
             {"q": Standardized(QualityReward(encoder), 0.1, 0.5), "s": SemanticReward(encoder, transport=Transport())},
             {"q": 1.0, "s": 0.5},
@@ -158,21 +163,93 @@ def test_every_setting_of_the_transport_reaches_the_solver(monkeypatch: pytest.M
         return arguments[2]
 
     monkeypatch.setattr(semantic, "transport_attention", spy)
-    transport = Transport(epsilon=0.1, tau=0.8, mass=0.6, max_iters=7, tol=1e-2, gamma=0.3, eta=0.4)
-    frames, prompts = some_videos(2, seed=1)
-    SemanticReward(tiny_encoder(), transport=transport)(frames, prompts)
-    assert {name: seen[name] for name in vars(transport)} == vars(transport)
-    assert seen["row_mask"].dtype == torch.bool  # type: ignore[attr-defined]
+    common: dict[str, Any] = {"epsilon": 0.1, "max_iters": 7, "tol": 1e-2, "gamma": 0.3, "eta": 0.4}
+    for transport in (Transport(tau=0.8, differentiable_plan=True, **common), Transport(mass=0.6, **common)):
+        seen.clear()
+        frames, prompts = some_videos(2, seed=1)
+        SemanticReward(tiny_encoder(), transport=transport)(frames, prompts)
+        wanted = {name: value for name, value in vars(transport).items() if name != "rows"}
+        assert {name: seen[name] for name in wanted} == wanted
+        assert seen["row_mask"].dtype == torch.bool  # type: ignore[attr-defined]
 
 
-def test_the_mass_of_a_word_cancels_in_the_fusion(seed: int) -> None:
-    """Why there is no mass-weighted form of the plan: the softmax of a row forgets a factor of the row."""
-    attention, plan = torch.rand(2, 3, 5, 64).softmax(-1), torch.rand(2, 3, 5, 64).softmax(-1)  # entries of 0.01
-    mass = 0.05 + 0.95 * torch.rand(2, 3, 5, 1)
-    normalised, weighted = (((attention + 1e-6).log() + (p + 1e-6).log()).softmax(-1) for p in (plan, mass * plan))
-    torch.testing.assert_close(weighted, normalised, rtol=4e-3, atol=0)  # up to 1e-6 / (mass * plan)
-    other = ((attention + 1e-6).log() + 0.5 * (plan + 1e-6).log()).softmax(-1)
-    assert (other - normalised).abs().max() > 1e-4
+def hook_inputs(seed: int, words: int, frames: int, side: int) -> tuple[Tensor, ...]:
+    """What an encoder hands to a refiner: two heads, the last word of the first sample is none."""
+    grid, draw = TokenGrid(frames, side, side, cls=True), torch.Generator().manual_seed(seed)
+    query, key = (torch.randn(2, size, 32, generator=draw) for size in (words, grid.n_tokens))
+    attention = torch.softmax(3 * torch.randn(2, 2, words, grid.n_tokens, generator=draw), -1)
+    lexical = torch.ones(2, words, dtype=torch.bool)
+    lexical[0, -1] = False
+    return query, key, attention, grid.frame_index(), grid.positions(), lexical
+
+
+@pytest.mark.parametrize("setting", [{"tau": 0.9}, {"mass": 0.6}])
+def test_a_plan_may_be_fused_with_its_masses(setting: dict[str, float], seed: int) -> None:
+    """As the formula says, and between no transport and normalised rows where the floor is small."""
+    inputs = hook_inputs(seed, words=6, frames=2, side=4)
+    attention, lexical = inputs[2], inputs[5]
+    refine = TransportRefiner(Transport(rows="mass", **setting))
+    refined, plan = refine.with_plan(*inputs)
+    _, same = TransportRefiner(Transport(**setting)).with_plan(*inputs)
+    assert torch.equal(plan, same)
+    wanted = torch.softmax((attention.double() + 1e-6).log() + (plan.double() + 1e-6).log(), -1)
+    chosen = lexical[:, None, :, None].expand_as(attention)
+    torch.testing.assert_close(refined[chosen].double(), wanted[chosen], rtol=1e-4, atol=1e-6)
+    assert torch.equal(refined[~chosen], attention[~chosen])
+    assert torch.equal(refine(*inputs), refined)
+
+
+def test_masses_count_where_they_meet_the_floor(seed: int) -> None:
+    """A row's factor cancels in the softmax; only the floor tells the forms apart, so their size decides."""
+
+    def distance(words: int, frames: int, side: int) -> float:
+        inputs = hook_inputs(seed, words, frames, side)
+        normalised, weighted = (TransportRefiner(Transport(mass=0.9, rows=rows))(*inputs) for rows in ROWS)
+        return float((normalised - weighted).abs().sum(-1).mean() / 2)
+
+    small, official = distance(6, 2, 4), distance(40, 8, 16)
+    assert small < 0.02 < official
+
+
+def test_the_gradient_runs_through_the_plan_if_asked(seed: int) -> None:
+    """Finite differences of the whole semantic reward in float64, plan and all; without being asked they disagree."""
+    encoder = tiny_encoder().double()
+    frames, prompts = some_videos(2, seed)
+    frames = (0.2 + 0.6 * frames).double()
+    direction = torch.randn_like(frames)
+    for rows in ROWS:
+        found = {}
+        for through in (True, False):
+            transport = Transport(rows=rows, differentiable_plan=through, tol=1e-12, max_iters=5000)
+            reward = SemanticReward(encoder, transport=transport)
+            leaf = frames.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(reward(leaf, prompts).sum(), leaf)
+            found[through] = float((gradient * direction).sum())
+            with torch.no_grad():
+                step = 1e-5
+                up, down = (reward(frames + sign * step * direction, prompts).sum() for sign in (1, -1))
+            wanted = float((up - down) / (2 * step))
+        scale = float(gradient.norm() * direction.norm())
+        assert abs(found[True] - wanted) < 1e-6 * scale, rows
+        assert abs(found[False] - wanted) > 1e-5 * scale, rows
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epsilon": -1.0}, "epsilon is -1.0, expected a finite number above 0"),
+        ({"tau": 0.0}, r"tau is 0.0, expected a number in \(0, 1\]"),
+        ({"mass": 1.5}, r"mass is 1.5, expected a number in \(0, 1\]"),
+        ({"max_iters": 0}, "max_iters is 0"),
+        ({"tol": float("nan")}, "tol is nan"),
+        ({"gamma": float("inf")}, "gamma is inf"),
+        ({"rows": "normal"}, "rows is 'normal', expected 'normalized' or 'mass'"),
+        ({"tau": 0.5, "mass": 0.9}, "mass is 0.9 and tau 0.5, expected one of them"),
+    ],
+)
+def test_settings_out_of_range_are_refused_when_they_are_made(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"Transport: {message}"):
+        Transport(**settings)
 
 
 def test_plans_hold_no_gradient(seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -12,6 +13,9 @@ from torch.nn import functional as F
 from pisces.encoders.base import VideoTextEncoder
 from pisces.rewards.base import Features, Reward, check_match_head, freeze
 from pisces_kernels import transport_attention
+
+FLOOR = 1e-6  # what is added to attention and plan before their logarithms are taken
+ROWS = ("normalized", "mass")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,13 @@ class Transport:
         tol: largest change of a log-scaling at which it stops.
         gamma: weight of the distance in time.
         eta: weight of the distance in space.
+        rows: "normalized" scales each word's row of the plan to sum 1 before it is fused with the attention, as the
+            released code does; "mass" fuses the plan as it is, so that a word which moves little mass is refined less.
+        differentiable_plan: gradients also run through the plan, to words, video tokens and attention; else the plan
+            is a constant.
+
+    Raises:
+        ValueError: a setting out of its range, or `mass` beside another `tau` than the default, which it replaces.
 
     Source:
         PISCES (arXiv 2602.01624), the token-level reward: epsilon 0.05, m 0.9, gamma = eta = 0.2.
@@ -39,14 +50,36 @@ class Transport:
     tol: float = 1e-3
     gamma: float = 0.2
     eta: float = 0.2
+    rows: str = "normalized"
+    differentiable_plan: bool = False
+
+    def __post_init__(self) -> None:
+        for name, fits, wanted in (
+            ("epsilon", 0 < self.epsilon < math.inf, "a finite number above 0"),
+            ("tau", 0 < self.tau <= 1, "a number in (0, 1]; 1 is balanced"),
+            ("mass", self.mass is None or 0 < self.mass <= 1, "a number in (0, 1], or None to use tau"),
+            ("max_iters", self.max_iters >= 1, "at least 1"),
+            ("tol", self.tol >= 0, "at least 0"),
+            ("gamma", 0 <= self.gamma < math.inf, "a finite number of at least 0"),
+            ("eta", 0 <= self.eta < math.inf, "a finite number of at least 0"),
+            ("rows", self.rows in ROWS, " or ".join(map(repr, ROWS))),
+        ):
+            if not fits:
+                raise ValueError(f"Transport: {name} is {getattr(self, name)!r}, expected {wanted}.")
+        if self.mass is not None and self.tau != type(self).tau:
+            raise ValueError(
+                f"Transport: mass is {self.mass} and tau {self.tau}, expected one of them: with an exact mass there is "
+                "no damping. Leave out tau."
+            )
 
 
 class TransportRefiner:
     """An `AttentionRefiner`: attention of the words fused with a transport plan, the whole batch in one call.
 
-        softmax_j(log(A + 1e-6) + log(P + 1e-6)),  P the plan with rows normalised to 1
+        softmax_j(log(A + 1e-6) + log(P + 1e-6)),  P the plan, its rows normalised to 1 or as they are
 
-    Gradients run through the attention, not through the plan. Rows of special tokens and padding come back unchanged.
+    Gradients run through the attention, and through the plan where the settings ask for it. Rows of special tokens and
+    padding come back unchanged.
 
     Args:
         transport: settings.
@@ -54,6 +87,9 @@ class TransportRefiner:
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
+        settings = asdict(transport)
+        self.weighted = settings.pop("rows") == "mass"
+        self.settings = settings
 
     def __call__(
         self,
@@ -65,9 +101,9 @@ class TransportRefiner:
         lexical: Tensor,
     ) -> Tensor:
         """Refined attention [B, H, Q, M]."""
-        return transport_attention(
-            query, key, attention, frame_index, positions, row_mask=lexical, **asdict(self.transport)
-        )
+        if self.weighted:
+            return self.with_plan(query, key, attention, frame_index, positions, lexical)[0]
+        return transport_attention(query, key, attention, frame_index, positions, row_mask=lexical, **self.settings)
 
     def with_plan(
         self,
@@ -79,9 +115,15 @@ class TransportRefiner:
         lexical: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The same, and the plan [B, H, Q, M] before its rows are normalised; zero where `lexical` is False."""
-        return transport_attention(
-            query, key, attention, frame_index, positions, row_mask=lexical, return_plan=True, **asdict(self.transport)
+        refined, plan = transport_attention(
+            query, key, attention, frame_index, positions, row_mask=lexical, return_plan=True, **self.settings
         )
+        if self.weighted:
+            prior = plan if self.transport.differentiable_plan else plan.detach()
+            wide = attention.to(plan.dtype)
+            fused = ((wide + FLOOR).log() + (prior + FLOOR).log()).softmax(-1)
+            refined = torch.where(lexical[:, None, :, None], fused.to(attention.dtype), attention)
+        return refined, plan
 
 
 class SemanticReward(Reward):
