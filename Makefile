@@ -4,6 +4,7 @@ VENV ?= .venv
 OUTPUT ?= demo-output
 PEERS ?= build/peers
 BENCH_FLAGS ?=
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -15,8 +16,8 @@ help:  ## this list
 demo: $(READY)  ## the main job: captioned videos in, a better text-to-video generator out, with pictures
 	$(BIN)/pisces demo --output $(OUTPUT)
 
-test: $(READY)  ## the Python tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## the Python tests, in TEST_PROCESSES processes of one thread each
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 test-peers: $(READY)  ## POT's own published tests on our drop-in functions; downloads POT's source distributions to $(PEERS)
 	$(BIN)/python tests/upstream/run_pot.py --download $(PEERS)

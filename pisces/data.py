@@ -73,8 +73,7 @@ class VideoFolder(torch.utils.data.Dataset[tuple[Tensor, str]]):
 
     Args:
         path: the folder.
-        n_frames: as in `read_video`.
-        size: as in `read_video`.
+        n_frames, size, interpolation: as in `read_video`.
 
     Raises:
         FileNotFoundError: the folder, a listed video, or a caption file is missing.
@@ -88,10 +87,18 @@ class VideoFolder(torch.utils.data.Dataset[tuple[Tensor, str]]):
         (torch.Size([8, 3, 32, 32]), 'noise')
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, n_frames: int | None = None, size: Size | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_frames: int | None = None,
+        size: Size | None = None,
+        interpolation: str = "bilinear",
+    ) -> None:
         self.path = Path(path)
         self.n_frames = n_frames
         self.size = size
+        self.interpolation = interpolation
         if not self.path.is_dir():
             raise FileNotFoundError(f"VideoFolder: no folder {str(self.path)!r}.")
         listing = self.path / "metadata.jsonl"
@@ -103,10 +110,11 @@ class VideoFolder(torch.utils.data.Dataset[tuple[Tensor, str]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        return read_video(self.files[index], n_frames=self.n_frames, size=self.size), self.captions[index]
+        file, how = self.files[index], self.interpolation
+        return read_video(file, n_frames=self.n_frames, size=self.size, interpolation=how), self.captions[index]
 
     def digest(self, index: int) -> str:
-        """Of what the frames of a video depend on: its bytes, `n_frames` and `size`, whatever it is called.
+        """Of what the frames of a video depend on: its bytes and how it is read, whatever it is called.
 
         Raises:
             VideoReadError: the file cannot be read.
@@ -117,19 +125,22 @@ class VideoFolder(torch.utils.data.Dataset[tuple[Tensor, str]]):
                 content = hashlib.file_digest(stream, "sha256")
         except OSError as error:
             raise VideoReadError(file, error.strerror or str(error)) from error
-        return digest_of(content.digest(), self.n_frames, self.size)
+        return digest_of(content.digest(), self.n_frames, self.size, self.interpolation)
 
 
 def open_videos(
-    path: str | os.PathLike[str], *, n_frames: int | None = None, size: Size | None = None
+    path: str | os.PathLike[str],
+    *,
+    n_frames: int | None = None,
+    size: Size | None = None,
+    interpolation: str = "bilinear",
 ) -> VideoFolder | VideoShards:
     """Open captioned videos: a folder of files, or WebDataset shards.
 
     Args:
         path: a folder for `VideoFolder`; a .tar file, a brace pattern such as `shards/{000000..000011}.tar`, or a
             folder that holds .tar files and no videos, for `VideoShards`.
-        n_frames: as in `read_video`.
-        size: as in `read_video`.
+        n_frames, size, interpolation: as in `read_video`.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or something that it names is missing.
@@ -142,7 +153,7 @@ def open_videos(
         1
     """
     kind = VideoFolder if is_video_folder(Path(path)) else VideoShards
-    return kind(path, n_frames=n_frames, size=size)
+    return kind(path, n_frames=n_frames, size=size, interpolation=interpolation)
 
 
 def find_videos(path: str | os.PathLike[str]) -> None:

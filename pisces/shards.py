@@ -64,10 +64,12 @@ class Member:
         return content
 
 
-def read_item(file: Path | Member, *, n_frames: int | None = None, size: Size | None = None) -> Tensor:
+def read_item(
+    file: Path | Member, *, n_frames: int | None = None, size: Size | None = None, interpolation: str = "bilinear"
+) -> Tensor:
     """Frames [T, C, H, W] of a video file or of a member of a shard; as `read_video`."""
     source = file.read() if isinstance(file, Member) else file
-    return read_video(source, n_frames=n_frames, size=size, name=str(file))
+    return read_video(source, n_frames=n_frames, size=size, interpolation=interpolation, name=str(file))
 
 
 class VideoShards(torch.utils.data.Dataset[tuple[Tensor, str]]):
@@ -79,8 +81,7 @@ class VideoShards(torch.utils.data.Dataset[tuple[Tensor, str]]):
 
     Args:
         path: a .tar file, a brace pattern such as `shards/{000000..000011}.tar`, or a folder of .tar files.
-        n_frames: as in `read_video`.
-        size: as in `read_video`.
+        n_frames, size, interpolation: as in `read_video`.
 
     Raises:
         FileNotFoundError: a shard is missing, or a folder has none.
@@ -98,10 +99,18 @@ class VideoShards(torch.utils.data.Dataset[tuple[Tensor, str]]):
         (torch.Size([8, 3, 32, 32]), 'noise')
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, n_frames: int | None = None, size: Size | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_frames: int | None = None,
+        size: Size | None = None,
+        interpolation: str = "bilinear",
+    ) -> None:
         self.path = Path(path)
         self.n_frames = n_frames
         self.size = size
+        self.interpolation = interpolation
         self.files: list[Member] = []
         self.captions: list[str] = []
         for shard in find_shards(path):
@@ -115,7 +124,8 @@ class VideoShards(torch.utils.data.Dataset[tuple[Tensor, str]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        return read_item(self.files[index], n_frames=self.n_frames, size=self.size), self.captions[index]
+        file, how = self.files[index], self.interpolation
+        return read_item(file, n_frames=self.n_frames, size=self.size, interpolation=how), self.captions[index]
 
     def digest(self, index: int) -> str:
         """As of `VideoFolder`: a video has the same digest in a shard as in a folder.
@@ -123,13 +133,14 @@ class VideoShards(torch.utils.data.Dataset[tuple[Tensor, str]]):
         Raises:
             VideoReadError: the shard cannot be read.
         """
-        return digest_of(hashlib.sha256(self.files[index].read()).digest(), self.n_frames, self.size)
+        content = hashlib.sha256(self.files[index].read()).digest()
+        return digest_of(content, self.n_frames, self.size, self.interpolation)
 
 
-def digest_of(content: bytes, n_frames: int | None, size: Size | None) -> str:
-    """What the frames of a video depend on, as one text: the SHA-256 of its bytes, pictures taken, (height, width)."""
+def digest_of(content: bytes, n_frames: int | None, size: Size | None, interpolation: str) -> str:
+    """What the frames of a video depend on, as one text: the SHA-256 of its bytes and the arguments of reading it."""
     sides = (size, size) if isinstance(size, int) else size
-    return hashlib.sha256(repr((content, n_frames, sides)).encode()).hexdigest()
+    return hashlib.sha256(repr((content, n_frames, sides, interpolation)).encode()).hexdigest()
 
 
 def find_shards(path: str | os.PathLike[str]) -> list[Path]:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 _VIEWING_SIDE = 256  # smallest long side of a video written for viewing, in pixels
+INTERPOLATIONS = ("bilinear", "bicubic")
 _CACHE_BYTES = 256 * 2**20  # decoded pictures kept while the sampling times are not known yet
 _THREADED_PIXELS = 320 * 240  # below this the start of decoder threads costs more than it saves
 _ITU601 = 5  # FFmpeg's number of the colour matrix that is used in both directions
@@ -126,6 +127,7 @@ def read_video(
     *,
     n_frames: int | None = None,
     size: Size | None = None,
+    interpolation: str = "bilinear",
     name: str | os.PathLike[str] = "bytes",
 ) -> Tensor:
     """Read a video as a tensor.
@@ -138,8 +140,9 @@ def read_video(
         source: path, or content, of any video that FFmpeg decodes; only the first video track is read, and only local
             files.
         n_frames: pictures to sample; pictures repeat where the video has fewer. None reads them all.
-        size: output (height, width), one number for a square: the video is resized to just cover it (bilinear,
-            antialiased), then the centre is cropped. None keeps the video's size.
+        size: output (height, width), one number for a square: the video is resized to just cover it (antialiased),
+            then the centre is cropped. None keeps the video's size.
+        interpolation: of the resizing, "bilinear" or "bicubic"; what overshoots [0, 1] is cut off.
         name: what errors call a video that is given by its content.
 
     Returns:
@@ -147,7 +150,7 @@ def read_video(
 
     Raises:
         VideoReadError: the file is missing, not a video, damaged or cut off.
-        ValueError: `n_frames` or a side of `size` is below 1.
+        ValueError: `n_frames` or a side of `size` is below 1, or another interpolation.
 
     Example:
         >>> _ = write_video("/tmp/pisces-example.mp4", torch.rand(9, 3, 32, 32))
@@ -156,6 +159,8 @@ def read_video(
     """
     if n_frames is not None and n_frames < 1:
         raise ValueError(f"read_video: n_frames is {n_frames}, expected at least 1 or None.")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"read_video: interpolation is {interpolation!r}, expected {' or '.join(INTERPOLATIONS)}.")
     target = (size, size) if isinstance(size, int) else size
     if target is not None and min(target) < 1:
         raise ValueError(f"read_video: size is {size}, expected at least 1 pixel a side or None.")
@@ -167,7 +172,7 @@ def read_video(
     reformatter = VideoReformatter()
 
     def to_tensor(frame: Any) -> Tensor:
-        return _to_tensor(frame, target, reformatter)
+        return _to_tensor(frame, target, interpolation, reformatter)
 
     if n_frames is None:
         pictures = [to_tensor(frame) for frame, _ in _decode(video)]
@@ -279,7 +284,7 @@ def _announced_seconds(container: Any, stream: Any) -> float | None:
         return None
 
 
-def _to_tensor(frame: Any, size: tuple[int, int] | None, reformatter: VideoReformatter) -> Tensor:
+def _to_tensor(frame: Any, size: tuple[int, int] | None, interpolation: str, reformatter: VideoReformatter) -> Tensor:
     """Convert one decoded picture to [3, H, W] float32 in [0, 1], upright, resized and cropped."""
     # One thread: swscale's threads cost 3 ms a picture to start, a hundred times the conversion of a small one.
     rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
@@ -296,7 +301,7 @@ def _to_tensor(frame: Any, size: tuple[int, int] | None, reformatter: VideoRefor
     else:
         new = max(size[0], round(height * size[1] / width)), size[1]
     if new != (height, width):
-        picture = F.interpolate(picture[None], new, mode="bilinear", antialias=True, align_corners=False)[0]
+        picture = F.interpolate(picture[None], new, mode=interpolation, antialias=True, align_corners=False)[0]
     top, left = (new[0] - size[0]) // 2, (new[1] - size[1]) // 2
     return picture[:, top : top + size[0], left : left + size[1]].clamp(0.0, 1.0).contiguous()
 

@@ -24,6 +24,13 @@ import torch
 EXPECTED_SKIPS = ("no CUDA device", "nvcc not found", "compute-sanitizer not found")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes of pytest-xdist have a core each: threads of several would wait for each other."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of programs that the tests start
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any connection that is not a local socket file fails the test."""

@@ -224,7 +224,7 @@ def test_repeated_times_fall_back_to_picture_numbers(tmp_path: Path, monkeypatch
     decode, convert = video._decode, video._to_tensor
     for pts in (None, 7):
         monkeypatch.setattr(video, "_decode", lambda p, pts=pts: ((Untimed(f, pts), d) for f, d in decode(p)))
-        monkeypatch.setattr(video, "_to_tensor", lambda f, size, r: convert(f.frame, size, r))
+        monkeypatch.setattr(video, "_to_tensor", lambda f, *how: convert(f.frame, *how))
         assert torch.equal(read_video(path, n_frames=4), every[[1, 3, 5, 7]])
 
 

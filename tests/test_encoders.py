@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_encoder import some_videos, tiny_encoder
 from torch import Tensor
 
+from pisces.data import read_video, write_video
 from pisces.encoders import TinyEncoder, TinyEncoderConfig, load_encoder, resample
 from pisces.encoders.base import check_frames, check_prompts
 from pisces.world import checkpoint_path, scene
@@ -116,7 +118,7 @@ def test_resampling_takes_the_nearest_frames_and_the_centre() -> None:
     frames = torch.arange(17.0).view(1, 17, 1, 1, 1).expand(1, 17, 3, 8, 8)
     assert resample(frames, 9, 8)[0, :, 0, 0, 0].tolist() == list(range(0, 17, 2))
     assert resample(frames[:, :1], 3, 8)[0, :, 0, 0, 0].tolist() == [0, 0, 0]
-    assert resample(frames, 1, 8)[0, :, 0, 0, 0].tolist() == [0]
+    assert resample(frames, 1, 8)[0, :, 0, 0, 0].tolist() == [8]
     same = torch.rand(2, 9, 3, 32, 32)
     assert resample(same, 9, 32) is same
     wide = torch.zeros(1, 1, 3, 16, 64)
@@ -373,3 +375,19 @@ def test_scores_tell_a_trained_encoder_from_an_untrained_one(packaged: TinyEncod
 def test_config_is_frozen_but_replaceable() -> None:
     config = replace(TinyEncoderConfig(vocabulary=SMALL), n_frames=5, size=16)
     assert config.grid.n_tokens == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_a_file_is_read_as_an_encoder_would_look_at_it(mode: str, seed: int, tmp_path: Path) -> None:
+    """What a reward gives in training for frames is what `pisces score` gives for their file."""
+    random.seed(seed)
+    for _ in range(5):
+        shape = random.randint(1, 40), 3, 2 * random.randint(8, 40), 2 * random.randint(8, 40)
+        sharp = torch.rand(shape).round()  # black and white: bicubic interpolation overshoots
+        write_video(tmp_path / "v.mp4", sharp, lossless=True)
+        frames = read_video(tmp_path / "v.mp4")
+        n_frames, size = random.randint(1, 12), random.randint(4, 48)
+        wanted = resample(frames[None], n_frames, size, mode=mode)[0]
+        read = read_video(tmp_path / "v.mp4", n_frames=n_frames, size=size, interpolation=mode)
+        torch.testing.assert_close(read, wanted, rtol=0, atol=1e-6)
+        assert 0 <= wanted.min() <= wanted.max() <= 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pisces.commands.score import unknown_words
 from pisces.config import resolve_path
-from pisces.encoders import load_encoder
+from pisces.encoders import load_encoder, read_options
 from pisces.heatmaps import heat_maps
 from pisces.page import Block, Image, Table, Text, html_page
 from pisces.rewards import Explanation, Transport
@@ -51,7 +51,7 @@ def explain(
         raise ValueError(f"explain: --output is {str(output)!r}, expected a name that ends in .html.")
     model = load_encoder(resolve_path(encoder))
     check_match_head(model, "explain")
-    frames = read_video(video, n_frames=model.n_frames, size=model.size)
+    frames = read_video(video, **read_options(model))
     transport = None if vanilla else Transport()
     found = record(model, frames[None], [prompt], transport, per_head=head is not None)
     _, n_layers, n_heads, _, _ = found.attention.shape

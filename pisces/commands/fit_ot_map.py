@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pisces.config import resolve_path
 from pisces.data import open_videos
-from pisces.encoders import load_encoder
+from pisces.encoders import load_encoder, read_options
 from pisces.ot_map import (
     KINDS,
     NEURAL,
@@ -182,7 +182,7 @@ def _embeddings(
     n_videos = 0
     if videos is not None:
         model = load_encoder(resolve_path(encoder)).to(device)
-        opened = open_videos(videos, n_frames=model.n_frames, size=model.size)
+        opened = open_videos(videos, **read_options(model))
         n_videos = len(opened)
         how: dict[str, Any] = {"batch_size": batch_size, "device": device}
         with tqdm(total=-(-n_videos // processes.count), desc="embedding", unit="video", disable=None) as bar:

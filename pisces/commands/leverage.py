@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pisces.config import resolve_path
 from pisces.data import VideoReadError, atomic_path
-from pisces.encoders import load_encoder
+from pisces.encoders import load_encoder, read_options
 from pisces.rewards import leverage as measure
 from pisces.rewards.base import check_match_head
 from pisces.shards import Member, read_item
@@ -46,7 +46,7 @@ def leverage(
     frames, prompts, unreadable = [], [], []
     for file, prompt in tqdm(chosen, desc="reading", unit="video", disable=None):
         try:
-            frames.append(read_item(file, n_frames=model.n_frames, size=model.size))
+            frames.append(read_item(file, **read_options(model)))
             prompts.append(prompt)
         except VideoReadError as error:
             unreadable.append(f"skipped {file}: {error.why}")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pisces.config import resolve_path
 from pisces.data import VideoReadError, atomic_path, is_video_folder, open_videos
-from pisces.encoders import load_encoder
+from pisces.encoders import load_encoder, read_options
 from pisces.ot_map import Alignment
 from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport
 from pisces.shards import Member, read_item
@@ -75,7 +75,7 @@ def score(
         },
         {"quality": 1.0, "semantic": 1.0},
     )
-    scores = _score(rewards, items, model.n_frames, model.size)
+    scores = _score(rewards, items, read_options(model))
     _print(scores, note=unknown_words(model, [prompt for _, prompt in items]), packaged=encoder == "packaged")
     settings = {"encoder": encoder, "ot_map": str(ot_map) if ot_map else None, "partial_transport": not vanilla}
     if json_file:
@@ -108,7 +108,7 @@ def folder_items(folder: Path, prompt: str | None) -> list[tuple[Path | Member, 
 
 
 @torch.no_grad()
-def _score(rewards: CompositeReward, items: Sequence[tuple[Path | Member, str]], n_frames: int, size: int) -> Scores:
+def _score(rewards: CompositeReward, items: Sequence[tuple[Path | Member, str]], how_to_read: dict[str, Any]) -> Scores:
     scores = Scores([], [])
     batch: list[tuple[Path | Member, str, torch.Tensor]] = []
 
@@ -125,7 +125,7 @@ def _score(rewards: CompositeReward, items: Sequence[tuple[Path | Member, str]],
     # disable=None: no bar where stderr is no terminal
     for file, prompt in tqdm(items, desc="scoring", unit="video", disable=None if len(items) > BATCH_SIZE else True):
         try:
-            batch.append((file, prompt, read_item(file, n_frames=n_frames, size=size)))
+            batch.append((file, prompt, read_item(file, **how_to_read)))
         except VideoReadError as error:
             scores.unreadable.append({"file": str(file), "why": error.why})
         if len(batch) == BATCH_SIZE:

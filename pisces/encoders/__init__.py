@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from pisces.encoders import blip, dual
-from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, VideoTextEncoder, resample
+from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, VideoTextEncoder, read_options, resample
 from pisces.encoders.blip import BlipEncoder
 from pisces.encoders.dual import DualEncoder
 from pisces.encoders.internvideo2 import InternVideo2, InternVideo2Config
@@ -24,6 +24,7 @@ __all__ = [
     "VideoFeatures",
     "VideoTextEncoder",
     "load_encoder",
+    "read_options",
     "resample",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -61,11 +61,13 @@ class VideoTextEncoder(Protocol):
     Attributes:
         n_frames: frames that the video tower looks at.
         size: height and width in pixels that it looks at.
+        interpolation: "bilinear" or "bicubic", how videos are brought to that size.
         embed_dim: width E of the two embeddings.
     """
 
     n_frames: int
     size: int
+    interpolation: str
     embed_dim: int
 
     def encode_video(self, frames: Tensor) -> VideoFeatures:
@@ -81,23 +83,35 @@ class VideoTextEncoder(Protocol):
         ...
 
 
+def read_options(encoder: VideoTextEncoder) -> dict[str, Any]:
+    """Arguments with which `read_video` and its kin give the frames that an encoder would look at.
+
+    Example:
+        >>> from pisces.encoders import TinyEncoder, TinyEncoderConfig
+        >>> read_options(TinyEncoder(TinyEncoderConfig(vocabulary=("[pad]", "[unk]", "[sep]", "dot"), width=16)))
+        {'n_frames': 9, 'size': 32, 'interpolation': 'bilinear'}
+    """
+    return {"n_frames": encoder.n_frames, "size": encoder.size, "interpolation": encoder.interpolation}
+
+
 def resample(frames: Tensor, n_frames: int, size: int, *, mode: str = "bilinear") -> Tensor:
     """Bring videos to the frame count and size that an encoder wants, without randomness.
 
-    Time: frame round(i (T - 1) / (n_frames - 1)), so the first and the last are always there. Space: the short side
-    becomes `size` by antialiased interpolation, then the centre is cut out, so shapes keep their proportions.
+    Time: the frames in the middle of n_frames equal parts, floor((i + 1/2) T / n_frames). Space: the short side becomes
+    `size` by antialiased interpolation, then the centre is cut out, so shapes keep their proportions. `read_video` does
+    the same with a file, so that a video has the same reward before it is written and after it is read.
 
     Args:
         frames: [B, T, C, H, W], floating point.
         n_frames: frames wanted, at least 1.
         size: height and width wanted, at least 1.
-        mode: interpolation, "bilinear" or "bicubic"; the latter overshoots a little at edges.
+        mode: interpolation, "bilinear" or "bicubic"; what the latter overshoots [0, 1] at edges is cut off.
 
     Returns:
         [B, n_frames, C, size, size]; `frames` itself where it already has that shape.
 
     Gradient:
-        Reaches every frame that is looked at and every pixel inside the centre square.
+        Reaches every frame that is looked at and every pixel inside the centre square, but where values are cut off.
 
     Raises:
         ValueError: not five dimensions, or an empty one.
@@ -113,8 +127,7 @@ def resample(frames: Tensor, n_frames: int, size: int, *, mode: str = "bilinear"
         )
     b, t, _, h, w = frames.shape
     if t != n_frames:
-        step = (t - 1) / max(n_frames - 1, 1)
-        index = [int(i * step + 0.5) for i in range(n_frames)]
+        index = [(2 * i + 1) * t // (2 * n_frames) for i in range(n_frames)]
         # not frames[:, index]: its backward adds in an order that depends on the threads
         frames = frames.index_select(1, torch.tensor(index, device=frames.device))
     if (h, w) != (size, size):
@@ -123,6 +136,8 @@ def resample(frames: Tensor, n_frames: int, size: int, *, mode: str = "bilinear"
         flat = F.interpolate(frames.flatten(0, 1), size=(h, w), mode=mode, antialias=True, align_corners=False)
         top, left = (h - size) // 2, (w - size) // 2
         frames = flat[..., top : top + size, left : left + size].unflatten(0, (b, n_frames))
+        if mode == "bicubic":
+            frames = frames.clamp(0.0, 1.0)
     return frames
 
 

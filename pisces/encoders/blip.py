@@ -51,7 +51,7 @@ class BlipEncoder(nn.Module):
         super().__init__()
         vision = model.config.vision_config
         self.model, self.tokenizer, self.pixels = model, tokenizer, pixels or Pixels(vision.image_size)
-        self.n_frames, self.size = n_frames, self.pixels.size
+        self.n_frames, self.size, self.interpolation = n_frames, self.pixels.size, self.pixels.mode
         self.embed_dim = model.config.image_text_hidden_size
         side = vision.image_size // vision.patch_size
         self.frame = TokenGrid(1, side, side, cls=True)

@@ -66,6 +66,7 @@ class DualEncoder(nn.Module):
             size = vision.image_size
         self.model, self.tokenizer, self.pixels = model, tokenizer, pixels or Pixels(size)
         self.n_frames, self.size = own or n_frames or 8, self.pixels.size
+        self.interpolation = self.pixels.mode
         self.embed_dim = text.projection_size if self.kind.startswith("siglip") else model.config.projection_dim
 
     def encode_video(self, frames: Tensor) -> VideoFeatures:

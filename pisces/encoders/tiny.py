@@ -170,6 +170,7 @@ class TinyEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.n_frames, self.size, self.embed_dim = config.n_frames, config.size, config.embed_dim
+        self.interpolation = "bilinear"
         self.word_index = {word: i for i, word in enumerate(config.vocabulary)}
         grid, width = config.grid, config.width
         self.stem = nn.Sequential(
@@ -216,7 +217,7 @@ class TinyEncoder(nn.Module):
             raise ValueError(
                 f"TinyEncoder.encode_video: frames has shape {tuple(frames.shape)}, expected (B, T, 3, H, W)."
             )
-        frames = 2 * resample(frames.to(self.place.dtype), self.n_frames, self.size) - 1
+        frames = 2 * resample(frames.to(self.place.dtype), self.n_frames, self.size, mode=self.interpolation) - 1
         tubes = frames.unfold(1, _TUBELET, _TUBELET_STRIDE)  # [B, F, 3, S, S, 3]
         tubes = tubes.permute(0, 1, 5, 2, 3, 4).flatten(2, 3)  # [B, F, 9, S, S]
         patches = self.stem(tubes.flatten(0, 1)).flatten(2).transpose(1, 2)  # [B F, rows cols, D]

@@ -51,6 +51,7 @@ class InternVideo2(nn.Module):
         super().__init__()
         self.config = config = config or InternVideo2Config()
         self.n_frames, self.size, self.embed_dim = config.n_frames, config.size, config.embed_dim
+        self.interpolation = "bicubic"
         self.vision_encoder = VisionEncoder(config)
         self.text_encoder = nn.ModuleDict({"bert": Bert(config)})
         self.vision_proj = nn.Linear(config.pool_width, config.embed_dim)
@@ -88,7 +89,7 @@ class InternVideo2(nn.Module):
             )
         dtype = self.vision_proj.weight.dtype
         wide = torch.promote_types(torch.promote_types(frames.dtype, dtype), torch.float32)
-        frames = resample(frames.to(wide), self.n_frames, self.size, mode="bicubic")
+        frames = resample(frames.to(wide), self.n_frames, self.size, mode=self.interpolation)
         mean, std = (frames.new_tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
         tokens, pooled = self.vision_encoder(((frames - mean) / std).to(dtype))
         if self._geometry is None or self._geometry[0].device != tokens.device:
