@@ -263,6 +263,23 @@ def test_activation_checkpointing_gives_the_same_gradient_in_less_memory() -> No
         assert torch.equal(model.encode_video(frames).tokens, frugal.encode_video(frames).tokens)
 
 
+@pytest.mark.parametrize("transport", [None, Transport(tol=1e-9), Transport(mass=0.8, differentiable_plan=True)])
+def test_fusion_layers_keep_no_attention_under_checkpointing(transport: Transport | None) -> None:
+    model = small_model(fusion_layers=6, size=112, n_frames=4, text_heads=8, text_width=32)
+    frugal = InternVideo2(replace(model.config, checkpoint=True), VOCABULARY).double().requires_grad_(False)
+    frugal.load_state_dict(model.state_dict())
+    refine = None if transport is None else TransportRefiner(transport)
+    text, tokens = model.encode_text(some_prompts(2)), model.encode_video(some_frames(2)).tokens.requires_grad_()
+    video, gradients, peaks = replace(model.encode_video(some_frames(2)), tokens=tokens), [], []
+    for m in (model, frugal):
+        with memory_meter() as memory:
+            gradients.append(torch.autograd.grad(m.match(text, video, refine=refine).sum(), tokens)[0])
+        peaks.append(memory.peak)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
+    assert gradients[0].abs().max() > 0
+    assert peaks[1] < 0.5 * peaks[0]
+
+
 def test_sixteen_bits_are_finite_and_near() -> None:
     model = small_model().float()
     frames, prompts = some_frames(16).float(), some_prompts(16)

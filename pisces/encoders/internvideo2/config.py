@@ -26,7 +26,8 @@ class InternVideo2Config:
         embedding_tokens: the text embedding is that of the prompt cut to so many tokens, as it was trained.
         gelu: approximation in the vision tower, "none" or "tanh". The official code has "none", and "tanh" where its
             fused layers are installed.
-        checkpoint: compute the vision blocks again in the backward pass, so that one activation a block is kept.
+        checkpoint: compute vision blocks and fusion layers again in the backward pass, so that one activation of each
+            is kept.
 
     Raises:
         ValueError: sizes that do not fit together.

@@ -6,9 +6,12 @@ keys of another width than the text's.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pisces.encoders.attention import cross_attention, merge_heads, split_heads
 from pisces.encoders.base import AttentionRefiner, VideoFeatures
@@ -126,6 +129,7 @@ class Bert(nn.Module):
     def __init__(self, config: InternVideo2Config) -> None:
         super().__init__()
         self.text_layers = config.text_layers
+        self.checkpoint = config.checkpoint
         self.embeddings = Embeddings(config)
         layers = [Layer(config) for _ in range(config.text_layers)]
         layers += [FusionLayer(config) for _ in range(config.fusion_layers)]
@@ -141,7 +145,14 @@ class Bert(nn.Module):
     def fuse(
         self, x: Tensor, mask: Tensor, video: VideoFeatures, lexical: Tensor, refine: AttentionRefiner | None
     ) -> Tensor:
-        """Text features [B, N, D] through the fusion tower -> [B, N, D]; `refine` is called once in every layer."""
+        """Text features [B, N, D] through the fusion tower -> [B, N, D]; `refine` is called once in every layer.
+
+        With `checkpoint` a layer and its `refine` run again in the backward pass; no attention [B, H, N, M] is kept.
+        """
         for layer in self.encoder["layer"][self.text_layers :]:
-            x = layer.fuse(x, mask[:, None, None], video, lexical, refine)
+            if self.checkpoint and torch.is_grad_enabled():
+                again = partial(layer.fuse, video=video, lexical=lexical, refine=refine)
+                x = checkpoint(again, x, mask[:, None, None], use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer.fuse(x, mask[:, None, None], video, lexical, refine)
         return x
