@@ -13,6 +13,9 @@ def score(
     folder: Annotated[
         Path | None, typer.Option(help="Folder or shards of videos; their captions are the prompts.")
     ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Table of videos and prompts, .csv or .jsonl; names relative to it.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="The text; with --folder it replaces the captions.")] = None,
     encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
     ot_map: Annotated[Path | None, typer.Option(help="Alignment that fit-ot-map wrote.")] = None,
@@ -25,6 +28,9 @@ def score(
     quality is the cosine of the text and video embeddings (after the OT map, if one is given), semantic the
     log-probability that the text matches, with partial transport in the cross-attention.
 
+    A table has a column `video`, `file` or `file_name` and a column `prompt`, `text` or `caption`; that of --csv can be
+    read back.
+
     A video that cannot be read (missing, cut off, not a video) is named, counted and skipped; the exit code is then 1.
     It is 0 when every video was scored and 2 for a mistake in the command.
 
@@ -33,17 +39,26 @@ def score(
       pisces score --video clip.mp4 --prompt "a red square moves left"
 
       pisces score --folder /tmp/shapes --ot-map /tmp/map.safetensors --csv scores.csv
+
+      pisces score --pairs pairs.csv --json scores.json
     """
-    from pisces.commands.score import folder_items
+    from pisces.commands.inputs import Item, folder_items, pair_items
     from pisces.commands.score import score as run
 
-    if bool(video) == (folder is not None):
-        raise ValueError("score: give either --video (once or more) or --folder.")
+    if bool(video) + (folder is not None) + (pairs is not None) != 1:
+        raise ValueError("score: give either --video (once or more), --folder or --pairs.")
     if prompt is not None and not prompt.strip():
         raise ValueError("score: --prompt is empty, expected at least one word.")
     if video and prompt is None:
         raise ValueError("score: --video needs --prompt TEXT, the text to score it for.")
-    items = folder_items(folder, prompt) if folder is not None else [(path, prompt or "") for path in video or []]
+    if pairs is not None and prompt is not None:
+        raise ValueError("score: --pairs has prompts of its own. Leave --prompt out.")
+    if pairs is not None:
+        items = pair_items(pairs)
+    else:
+        items = (
+            folder_items(folder, prompt) if folder is not None else [Item(path, prompt or "") for path in video or []]
+        )
     scores = run(items, encoder=encoder, ot_map=ot_map, vanilla=vanilla, json_file=json_file, csv_file=csv_file)
     if scores.unreadable:
         raise typer.Exit(1)
@@ -138,8 +153,8 @@ def leverage(
 
       pisces leverage --folder /tmp/samples
     """
+    from pisces.commands.inputs import folder_items
     from pisces.commands.leverage import leverage as run
-    from pisces.commands.score import folder_items
 
     if prompt is not None and not prompt.strip():
         raise ValueError("leverage: --prompt is empty, expected at least one word.")

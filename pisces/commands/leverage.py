@@ -11,23 +11,24 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from pisces.commands.inputs import Item
 from pisces.config import resolve_path
 from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder
 from pisces.rewards import leverage as measure
 from pisces.rewards.base import check_match_head
-from pisces.shards import Member, read_item
+from pisces.shards import read_item
 
 SMALL = 0.1  # of a standard deviation: what moves the log-odds by less changes the order of few videos
 
 
 def leverage(
-    items: Sequence[tuple[Path | Member, str]], *, encoder: str, most: int, json_file: Path | None
+    items: Sequence[Item], *, encoder: str, most: int, json_file: Path | None
 ) -> tuple[dict[str, float], list[str]]:
     """Measure the leverage of attention on the match score of an encoder, print it and how to read it.
 
     Args:
-        items: (video, prompt) pairs; videos that match their prompts more and less say most.
+        items: videos with prompts; videos that match their prompts more and less say most.
         encoder: directory of an encoder with a match head, or "packaged".
         most: videos that are read, evenly spread over the items: all are held in memory.
         json_file: receives the numbers.
@@ -44,7 +45,7 @@ def leverage(
     n = min(most, len(items))
     chosen = [items[k * len(items) // n] for k in range(n)]
     frames, prompts, unreadable = [], [], []
-    for file, prompt in tqdm(chosen, desc="reading", unit="video", disable=None):
+    for file, prompt, _ in tqdm(chosen, desc="reading", unit="video", disable=None):
         try:
             frames.append(read_item(file, n_frames=model.n_frames, size=model.size))
             prompts.append(prompt)

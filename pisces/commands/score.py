@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +16,55 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from pisces.commands.inputs import Item
 from pisces.config import resolve_path
-from pisces.data import VideoReadError, atomic_path, is_video_folder, open_videos
+from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder
 from pisces.ot_map import Alignment
 from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport
-from pisces.shards import Member, read_item
-from pisces.video import VIDEO_SUFFIXES
+from pisces.shards import read_item
 
 BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of those videos that could be read, and the reasons for the others.
+    """What became of every video.
 
     Attributes:
-        rows: dicts with file, prompt, quality (a cosine), semantic (log of the match probability) and match (the
-            probability).
-        unreadable: dicts with file and why.
+        items: the videos with their prompts.
+        found: by the number of the item, dicts with file, prompt and either quality (a cosine), semantic (log of the
+            match probability) and match (the probability), or why the video could not be scored.
     """
 
-    rows: list[dict[str, Any]]
-    unreadable: list[dict[str, str]]
+    items: Sequence[Item]
+    found: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def in_order(self) -> list[dict[str, Any]]:
+        """All that was found, in the order of the items."""
+        return [self.found[i] for i in sorted(self.found)]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rewards of those videos that could be read."""
+        return [row for row in self.in_order if "why" not in row]
+
+    @property
+    def unreadable(self) -> list[dict[str, Any]]:
+        """The others, with the reasons."""
+        return [row for row in self.in_order if "why" in row]
+
+    def enter(self, i: int, **values: float | str | None) -> None:
+        """Enter what was found about an item."""
+        item = self.items[i]
+        if item.where and "why" in values:
+            values["why"] = f"{item.where}: {values['why']}"
+        self.found[i] = {"file": str(item.file), "prompt": item.prompt, **values}
 
 
 def score(
-    items: Sequence[tuple[Path | Member, str]],
+    items: Sequence[Item],
     *,
     encoder: str,
     ot_map: Path | None,
@@ -52,12 +75,13 @@ def score(
     """Score videos, print the table, write the files.
 
     Args:
-        items: (video file or member of a shard, prompt) pairs.
+        items: videos with prompts.
         encoder: directory of an encoder, or "packaged".
         ot_map: alignment file; None compares the embeddings as they are.
         vanilla: leave the cross-attention as it is, without partial transport.
         json_file: receives settings, scores and unreadable files.
-        csv_file: receives one line a video, unreadable ones with their reason.
+        csv_file: receives one line a video in the order of the items, unreadable ones with their reason. `pair_items`
+            reads it: a relative name of a video is written relative to the file's folder.
 
     Returns:
         The scores.
@@ -76,58 +100,53 @@ def score(
         {"quality": 1.0, "semantic": 1.0},
     )
     scores = _score(rewards, items, model.n_frames, model.size)
-    _print(scores, note=unknown_words(model, [prompt for _, prompt in items]), packaged=encoder == "packaged")
+    _print(scores, note=unknown_words(model, [item.prompt for item in items]), packaged=encoder == "packaged")
     settings = {"encoder": encoder, "ot_map": str(ot_map) if ot_map else None, "partial_transport": not vanilla}
     if json_file:
         with atomic_path(json_file) as temporary:
             content = {**settings, "scores": scores.rows, "unreadable": scores.unreadable}
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if csv_file:
-        with atomic_path(csv_file) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["file", "prompt", "quality", "semantic", "match", "why"])
-            writer.writeheader()
-            writer.writerows(scores.rows)
-            writer.writerows(scores.unreadable)
+        _write_csv(csv_file, scores)
     return scores
 
 
-def folder_items(folder: Path, prompt: str | None) -> list[tuple[Path | Member, str]]:
-    """Videos of a folder or of shards with their captions, or all with one prompt.
+def _write_csv(path: Path, scores: Scores) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["file", "prompt", "quality", "semantic", "match", "why"])
+        writer.writeheader()
+        writer.writerows(row | {"file": _seen_from(path.parent, row["file"])} for row in scores.in_order)
 
-    Raises:
-        FileNotFoundError: no such folder or shard, or a caption is missing.
-        ValueError: no video, a bad caption file, or a damaged shard.
-    """
-    if prompt is None or not folder.is_dir() or not is_video_folder(folder):
-        videos = open_videos(folder)
-        return [(file, prompt or caption) for file, caption in zip(videos.files, videos.captions, strict=True)]
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-    if not files:
-        raise ValueError(f"score: {str(folder)!r} holds no video ({', '.join(VIDEO_SUFFIXES)}).")
-    return [(file, prompt) for file in files]
+
+def _seen_from(folder: Path, file: str) -> str:
+    """The name of a video for a table in another folder; an absolute one stays as it is."""
+    if os.path.isabs(file):
+        return file
+    # both with links resolved: `..` behind a link leads elsewhere than its name says
+    return os.path.relpath(
+        os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file)), os.path.realpath(folder)
+    )
 
 
 @torch.no_grad()
-def _score(rewards: CompositeReward, items: Sequence[tuple[Path | Member, str]], n_frames: int, size: int) -> Scores:
-    scores = Scores([], [])
-    batch: list[tuple[Path | Member, str, torch.Tensor]] = []
+def _score(rewards: CompositeReward, items: Sequence[Item], n_frames: int, size: int) -> Scores:
+    scores = Scores(items)
+    batch: list[tuple[int, torch.Tensor]] = []
 
     def flush() -> None:
         if batch:
-            terms = rewards.terms(torch.stack([frames for _, _, frames in batch]), [prompt for _, prompt, _ in batch])
-            for i, (file, prompt, _) in enumerate(batch):
-                quality, semantic = terms["quality"][i].item(), terms["semantic"][i].item()
-                match = terms["semantic"][i].exp().item()
-                row = {"file": str(file), "prompt": prompt, "quality": quality, "semantic": semantic, "match": match}
-                scores.rows.append(row)
+            terms = rewards.terms(torch.stack([frames for _, frames in batch]), [items[i].prompt for i, _ in batch])
+            for (i, _), quality, semantic in zip(batch, terms["quality"], terms["semantic"], strict=True):
+                scores.enter(i, quality=quality.item(), semantic=semantic.item(), match=semantic.exp().item())
             batch.clear()
 
     # disable=None: no bar where stderr is no terminal
-    for file, prompt in tqdm(items, desc="scoring", unit="video", disable=None if len(items) > BATCH_SIZE else True):
+    bar = tqdm(items, desc="scoring", unit="video", disable=None if len(items) > BATCH_SIZE else True)
+    for i, item in enumerate(bar):
         try:
-            batch.append((file, prompt, read_item(file, n_frames=n_frames, size=size)))
+            batch.append((i, read_item(item.file, n_frames=n_frames, size=size)))
         except VideoReadError as error:
-            scores.unreadable.append({"file": str(file), "why": error.why})
+            scores.enter(i, why=error.why)
         if len(batch) == BATCH_SIZE:
             flush()
     flush()

@@ -1,0 +1,60 @@
+"""What the commands that look at videos are given: videos with prompts, out of files, folders, shards and tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from pisces.captions import read_pairs
+from pisces.data import VideoShards, is_video_folder, open_videos
+from pisces.shards import Member
+from pisces.video import VIDEO_SUFFIXES
+
+
+class Item(NamedTuple):
+    """A video and the text to score it for.
+
+    Attributes:
+        file: the video file, or the member of a shard.
+        prompt: the text.
+        where: the row of the table that names them; empty where there is no table.
+    """
+
+    file: Path | Member
+    prompt: str
+    where: str = ""
+
+
+def folder_items(folder: Path, prompt: str | None) -> list[Item]:
+    """Videos of a folder or of shards with their captions, or all with one prompt.
+
+    Raises:
+        FileNotFoundError: no such folder or shard, or a caption is missing.
+        ValueError: no video, a bad caption file, or a damaged shard.
+    """
+    if prompt is None or not folder.is_dir() or not is_video_folder(folder):
+        videos = open_videos(folder)
+        return [Item(file, prompt or caption) for file, caption in zip(videos.files, videos.captions, strict=True)]
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+    if not files:
+        raise ValueError(f"score: {str(folder)!r} holds no video ({', '.join(VIDEO_SUFFIXES)}).")
+    return [Item(file, prompt) for file in files]
+
+
+def pair_items(table: Path) -> list[Item]:
+    """Rows of a .csv or .jsonl; a video may also be SHARD.tar/MEMBER, as scores of shards name it.
+
+    Raises:
+        FileNotFoundError: no such table.
+        ValueError: a broken row, or a damaged shard.
+    """
+    shards: dict[Path, dict[Path, Member]] = {}
+    items = []
+    for video, prompt, where in read_pairs(table):
+        shard = next((p for p in video.parents if p.suffix.lower() == ".tar" and p.is_file()), None)
+        if shard is not None and shard not in shards:
+            shards[shard] = {Path(str(member)): member for member in VideoShards(shard).files}
+        # a member that is not there stays a path, and is unreadable as an absent file is
+        file = video if shard is None else shards[shard].get(video, video)
+        items.append(Item(file, prompt, where))
+    return items

@@ -1,0 +1,151 @@
+"""Laws of `pisces score`: what it writes can be read back, no row is lost or silently changed, others do not suffer."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from pisces.captions import read_pairs
+from pisces.cli import app
+from pisces.data import VideoFolder, write_metadata, write_video
+from pisces.world import scene
+
+pytestmark = pytest.mark.usefixtures("plain_terminal")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def refused(result: Result, *parts: str) -> None:
+    """The result is exit code 2 and one line on stderr that holds all parts."""
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    for part in ("pisces: ", *parts):
+        assert part in lines[0], (part, lines[0])
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def report(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> VideoFolder:
+    """Six videos of the small world with their captions."""
+    folder = tmp_path_factory.mktemp("clips")
+    generator = torch.Generator().manual_seed(7)
+    scenes = scene.sample_scenes(6, generator)
+    texts = scene.captions(scenes)
+    for i, frames in enumerate(scene.render(scenes, generator)):
+        write_video(folder / f"{i}.mp4", frames)
+    write_metadata(folder, [{"file_name": f"{i}.mp4", "text": text} for i, text in enumerate(texts)])
+    return VideoFolder(folder)
+
+
+# Tables of videos and prompts
+
+
+@pytest.mark.parametrize("shape", ["relative", "absolute", "shard"])
+def test_a_table_of_scores_is_read_back_from_any_folder(
+    clips: VideoFolder, shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clips.path.parent)
+    source = clips.path if shape == "absolute" else Path(clips.path.name)
+    if shape == "shard":
+        source = tmp_path / "0.tar"
+        with tarfile.open(source, "w") as shard:
+            for i, text in enumerate(clips.captions):
+                (tmp_path / "t.txt").write_text(text)
+                shard.add(clips.files[i], f"{i}.mp4")
+                shard.add(tmp_path / "t.txt", f"{i}.txt")
+    first = tmp_path / "one" / "scores.csv"
+    assert run("score", "--folder", source, "--csv", first, "--json", tmp_path / "1.json").exit_code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    second = tmp_path / "two" / "deeper" / "scores.csv"
+    result = run("score", "--pairs", first, "--csv", second, "--json", tmp_path / "2.json")
+    assert result.exit_code == 0, result.output
+    one, two = (report(tmp_path / f"{n}.json")["scores"] for n in (1, 2))
+    assert [row["prompt"] for row in two] == clips.captions
+    assert [{k: v for k, v in row.items() if k != "file"} for row in two] == [
+        {k: v for k, v in row.items() if k != "file"} for row in one
+    ]
+    assert run("score", "--pairs", second, "--json", tmp_path / "3.json").exit_code == 0
+    assert [row["match"] for row in report(tmp_path / "3.json")["scores"]] == [row["match"] for row in one]
+
+
+def test_rows_that_cannot_be_read_keep_their_place_and_their_prompt(clips: VideoFolder, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"file_name": "absent.mp4", "caption": "one, two\nthree"},
+        {"video": str(clips.files[0]), "prompt": clips.captions[0]},
+        {"file": str(tmp_path), "text": "a folder"},
+        {"video": str(clips.files[0]), "prompt": "a blue square", "text": "not this"},
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("score", "--pairs", pairs, "--csv", tmp_path / "s.csv", "--json", tmp_path / "s.json")
+    assert result.exit_code == 1
+    prompts = ["one, two\nthree", clips.captions[0], "a folder", "a blue square"]
+    found = table(tmp_path / "s.csv")
+    assert [row["prompt"] for row in found] == prompts
+    assert [bool(row["why"]) for row in found] == [not row["match"] for row in found] == [True, False, True, False]
+    unreadable = report(tmp_path / "s.json")["unreadable"]
+    assert [(row["prompt"], row["why"]) for row in unreadable] == [
+        (row["prompt"], row["why"]) for row in found if row["why"]
+    ]
+    assert "pairs.jsonl, line 1: no such file" in found[0]["why"]
+    assert "line 3" in found[2]["why"]
+    assert "2 of 4 videos could not be read" in result.stderr
+    again = run("score", "--pairs", tmp_path / "s.csv", "--csv", tmp_path / "t.csv")
+    assert again.exit_code == 1
+    keys = ("prompt", "quality", "semantic", "match")
+    assert [[row[key] for key in keys] for row in table(tmp_path / "t.csv")] == [
+        [row[key] for key in keys] for row in found
+    ]
+    assert "s.csv, line 2" in again.stderr  # the first row, whose prompt has two lines
+    assert "s.csv, line 5" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("p.csv", "clip,prompt\na.mp4,x\n", ("p.csv, line 2", "found 'clip', 'prompt'", "'file_name'")),
+        ("p.csv", "video,words\na.mp4,x\n", ("p.csv, line 2", "found 'video', 'words'", "'caption'")),
+        ("p.csv", "video,prompt\na.mp4,x\n\n,y\n", ("p.csv, line 4", "the video is ''")),
+        ("p.csv", "video,prompt\na.mp4,red, left\n", ("p.csv, line 2", "3 cells, expected 2", "quotes")),
+        ("p.csv", "video,prompt\n", ("p.csv", "holds no video")),
+        ("p.csv", "video,prompt\na.mp4," + "x" * 200_000, ("p.csv, line 2", "not CSV")),
+        ("p.jsonl", '{"video": "a.mp4", "prompt": "x"}\n{"video": 3, "prompt": "x"}', ("p.jsonl, line 2", "is 3")),
+        ("p.jsonl", '"a.mp4"', ("p.jsonl, line 1", "expected an object")),
+        ("p.jsonl", "{", ("p.jsonl, line 1", "not JSON")),
+        ("p.txt", "a.mp4", ("p.txt", "expected .csv or .jsonl")),
+    ],
+)
+def test_a_table_that_is_wrong_is_named_with_its_row(
+    name: str, content: str, parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    refused(run("score", "--pairs", tmp_path / name, "--json", tmp_path / "s.json"), *parts)
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_a_table_is_one_source_of_videos_and_has_its_own_prompts(clips: VideoFolder, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text(f"video,prompt\n{clips.files[0]},x\n")
+    refused(run("score", "--pairs", tmp_path / "p.csv", "--prompt", "y"), "--prompt")
+    refused(run("score", "--pairs", tmp_path / "p.csv", "--folder", clips.path), "either")
+    refused(run("score", "--pairs", tmp_path / "absent.csv"), "absent.csv")
+    (tmp_path / "p.csv").write_text("video,prompt\na.mp4\n")
+    assert read_pairs(tmp_path / "p.csv") == [(tmp_path / "a.mp4", "", f"{tmp_path / 'p.csv'}, line 2")]
