@@ -9,7 +9,8 @@ import typer
 
 
 def score(
-    video: Annotated[list[Path] | None, typer.Option(help="A video file; repeat for more.")] = None,
+    videos: Annotated[list[Path] | None, typer.Argument(help="Video files.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video file, too; repeat for more.")] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Folder or shards of videos; their captions are the prompts.")
     ] = None,
@@ -36,7 +37,7 @@ def score(
 
     Examples:
 
-      pisces score --video clip.mp4 --prompt "a red square moves left"
+      pisces score clip.mp4 other.mp4 --prompt "a red square moves left"
 
       pisces score --folder /tmp/shapes --ot-map /tmp/map.safetensors --csv scores.csv
 
@@ -45,20 +46,22 @@ def score(
     from pisces.commands.inputs import Item, folder_items, pair_items
     from pisces.commands.score import score as run
 
-    if bool(video) + (folder is not None) + (pairs is not None) != 1:
-        raise ValueError("score: give either --video (once or more), --folder or --pairs.")
+    files = [*(video or []), *(videos or [])]
+    if bool(files) + (folder is not None) + (pairs is not None) != 1:
+        raise ValueError("score: give either videos (CLIP.mp4 ... or --video), --folder or --pairs.")
     if prompt is not None and not prompt.strip():
         raise ValueError("score: --prompt is empty, expected at least one word.")
-    if video and prompt is None:
-        raise ValueError("score: --video needs --prompt TEXT, the text to score it for.")
+    if files and prompt is None:
+        raise ValueError("score: videos need --prompt TEXT, the text to score them for.")
     if pairs is not None and prompt is not None:
         raise ValueError("score: --pairs has prompts of its own. Leave --prompt out.")
+    for path in files:
+        if path.is_dir():
+            raise ValueError(f"score: {str(path)!r} is a folder, expected video files. Use --folder.")
     if pairs is not None:
         items = pair_items(pairs)
     else:
-        items = (
-            folder_items(folder, prompt) if folder is not None else [Item(path, prompt or "") for path in video or []]
-        )
+        items = folder_items(folder, prompt) if folder is not None else [Item(path, prompt or "") for path in files]
     scores = run(items, encoder=encoder, ot_map=ot_map, vanilla=vanilla, json_file=json_file, csv_file=csv_file)
     if scores.unreadable:
         raise typer.Exit(1)

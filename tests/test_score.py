@@ -149,3 +149,22 @@ def test_a_table_is_one_source_of_videos_and_has_its_own_prompts(clips: VideoFol
     refused(run("score", "--pairs", tmp_path / "absent.csv"), "absent.csv")
     (tmp_path / "p.csv").write_text("video,prompt\na.mp4\n")
     assert read_pairs(tmp_path / "p.csv") == [(tmp_path / "a.mp4", "", f"{tmp_path / 'p.csv'}, line 2")]
+
+
+# Videos as arguments
+
+
+def test_what_the_shell_makes_of_a_pattern_is_scored(clips: VideoFolder, tmp_path: Path) -> None:
+    scores = []
+    options = ("--prompt", "a red square moves left", "--json", tmp_path / "s.json")
+    for arguments in (
+        [*clips.files[:3], *options],
+        [*options, *clips.files[:3]],
+        ["--video", *clips.files[:3], *options],  # the pattern behind --video
+        [*[word for file in clips.files[:3] for word in ("--video", file)], *options],
+    ):
+        assert run("score", *arguments).exit_code == 0
+        scores.append(report(tmp_path / "s.json")["scores"])
+    assert [row["file"] for row in scores[0]] == [str(file) for file in clips.files[:3]]
+    assert scores[1:] == scores[:1] * 3
+    refused(run("score", clips.path, *options), str(clips.path), "--folder")
