@@ -32,8 +32,9 @@ def score(
     A table has a column `video`, `file` or `file_name` and a column `prompt`, `text` or `caption`; that of --csv can be
     read back.
 
-    A video that cannot be read (missing, cut off, not a video) is named, counted and skipped; the exit code is then 1.
-    It is 0 when every video was scored and 2 for a mistake in the command.
+    A video that cannot be read (missing, cut off, not a video), or whose prompt has no word, is named, counted and
+    skipped; the exit code is then 1. It is 0 when every video was scored and 2 for a mistake in the command. The files
+    are replaced after every batch, so that a call that is stopped leaves what it has found.
 
     Examples:
 
@@ -147,8 +148,8 @@ def leverage(
 
     Compares how far partial transport, and uniform attention, move the log-odds of a match with their standard
     deviation over the videos. Take videos that match their prompts more and less, such as a generator's samples: real
-    ones all match, and their spread means little. A video that cannot be read is named and left out; the exit code is
-    then 1.
+    ones all match, and their spread means little. A video that cannot be read, or whose prompt has no word, is named
+    and left out; the exit code is then 1.
 
     Examples:
 

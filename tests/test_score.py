@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_transformers import save_tiny
 from typer.testing import CliRunner, Result
 
 from pisces.captions import read_pairs
 from pisces.cli import app
+from pisces.commands.inputs import refused_prompts
 from pisces.data import VideoFolder, write_metadata, write_video
+from pisces.encoders import load_encoder
+from pisces.rewards import CompositeReward
 from pisces.world import scene
 
 pytestmark = pytest.mark.usefixtures("plain_terminal")
@@ -168,3 +172,91 @@ def test_what_the_shell_makes_of_a_pattern_is_scored(clips: VideoFolder, tmp_pat
     assert [row["file"] for row in scores[0]] == [str(file) for file in clips.files[:3]]
     assert scores[1:] == scores[:1] * 3
     refused(run("score", clips.path, *options), str(clips.path), "--folder")
+
+
+# Prompts that an encoder refuses, and calls that end early
+
+
+def test_a_prompt_without_a_word_costs_its_own_row_only(clips: VideoFolder, tmp_path: Path) -> None:
+    texts = list(clips.captions)
+    texts[1], texts[4] = "!!!", ""
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"video": str(f), "text": t}) + "\n" for f, t in zip(clips.files, texts, strict=True))
+    )
+    assert run("score", "--folder", clips.path, "--csv", tmp_path / "all.csv").exit_code == 0
+    result = run("score", "--pairs", tmp_path / "p.jsonl", "--csv", tmp_path / "s.csv", "--json", tmp_path / "s.json")
+    assert result.exit_code == 1
+    found, whole = table(tmp_path / "s.csv"), table(tmp_path / "all.csv")
+    assert [row["prompt"] for row in found] == texts
+    for i, (row, other) in enumerate(zip(found, whole, strict=True)):
+        if i in (1, 4):
+            assert row["match"] == row["quality"] == row["semantic"] == ""
+            assert f"p.jsonl, line {i + 1}: " in row["why"]
+            assert "at least one word" in row["why"]
+            assert "prompts[" not in row["why"]
+            assert any(f"{i}.mp4" in line and row["why"] in line for line in result.stderr.splitlines())
+        else:
+            # a batch may iterate longer than one of its samples would alone
+            assert float(row["semantic"]) == pytest.approx(float(other["semantic"]), abs=1e-3)
+    assert "2 of 6 videos could not be scored" in result.stderr
+    assert len(report(tmp_path / "s.json")["unreadable"]) == 2
+
+
+def test_prompts_are_read_before_any_video(clips: VideoFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a video was decoded")
+
+    monkeypatch.setattr("pisces.commands.score.read_item", never)
+    monkeypatch.setattr("pisces.commands.leverage.read_item", never)
+    monkeypatch.setattr("pisces.commands.explain.read_video", never)
+    (tmp_path / "p.csv").write_text(f"video,prompt\n{clips.files[0]},?!\n{clips.files[1]},...\n")
+    refused(run("score", "--pairs", tmp_path / "p.csv"), "p.csv, line 2", "'?!'", "at least one word")
+    refused(run("score", clips.files[0], "--prompt", "?!"), str(clips.files[0]), "at least one word")
+    refused(run("leverage", "--folder", clips.path, "--prompt", "?!"), "leverage", "at least one word")
+    refused(run("explain", clips.files[0], "?!", "--output", tmp_path / "w.html"), "explain", "at least one word")
+
+
+def test_leverage_leaves_a_prompt_without_a_word_out(clips: VideoFolder, tmp_path: Path) -> None:
+    rows = [{"file_name": file.name, "text": text} for file, text in zip(clips.files, clips.captions, strict=True)]
+    for row in rows:
+        (tmp_path / row["file_name"]).symlink_to(clips.path / row["file_name"])
+    write_metadata(tmp_path, [*rows[:2], {**rows[2], "text": "!!!"}])
+    result = run("leverage", "--folder", tmp_path)
+    assert result.exit_code == 1
+    assert "over 2 videos" in result.stdout
+    assert "2.mp4" in result.stderr
+
+
+def test_encoders_without_named_tokens_are_asked_too(tmp_path: Path) -> None:
+    save_tiny("clip", tmp_path)
+    encoder = load_encoder(tmp_path)
+    assert not hasattr(encoder, "token_texts")
+    assert list(refused_prompts(encoder, ["a dog", "!!!", " ", "a dog", "!!!"])) == ["!!!", " "]
+    encoder.tokenizer = None
+    with pytest.raises(ValueError, match="no tokenizer"):
+        refused_prompts(encoder, ["a dog"])
+
+
+def test_a_call_that_is_stopped_leaves_what_it_has_found(
+    clips: VideoFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pisces.commands.score.BATCH_SIZE", 2)
+    assert run("score", "--folder", clips.path, "--csv", tmp_path / "all.csv").exit_code == 0
+    terms = CompositeReward.terms
+    calls = []
+
+    def third_fails(self: CompositeReward, frames: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
+        calls.append(len(frames))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return terms(self, frames, prompts)
+
+    monkeypatch.setattr(CompositeReward, "terms", third_fails)
+    result = run("score", "--folder", clips.path, "--csv", tmp_path / "s.csv", "--json", tmp_path / "s.json")
+    assert result.exit_code not in (0, 1, 2)
+    assert calls == [2, 2, 2]
+    assert table(tmp_path / "s.csv") == table(tmp_path / "all.csv")[:4]
+    left = report(tmp_path / "s.json")
+    assert len(left["scores"]) == 4
+    assert left["pending"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.csv", "s.csv", "s.json"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pisces.commands.inputs import refused_prompts
 from pisces.commands.score import unknown_words
 from pisces.config import resolve_path
 from pisces.encoders import load_encoder
@@ -51,6 +52,8 @@ def explain(
         raise ValueError(f"explain: --output is {str(output)!r}, expected a name that ends in .html.")
     model = load_encoder(resolve_path(encoder))
     check_match_head(model, "explain")
+    for why in refused_prompts(model, [prompt]).values():
+        raise ValueError(f"explain: {why}")
     frames = read_video(video, n_frames=model.n_frames, size=model.size)
     transport = None if vanilla else Transport()
     found = record(model, frames[None], [prompt], transport, per_head=head is not None)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pisces.commands.inputs import Item
+from pisces.commands.inputs import Item, check_items
 from pisces.config import resolve_path
 from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder
@@ -34,7 +34,7 @@ def leverage(
         json_file: receives the numbers.
 
     Returns:
-        What `pisces.rewards.leverage` returns, and a line for each video that could not be read.
+        What `pisces.rewards.leverage` returns, and a line for each video that was left out.
 
     Raises:
         FileNotFoundError: no such encoder.
@@ -42,9 +42,12 @@ def leverage(
     """
     model = load_encoder(resolve_path(encoder))
     check_match_head(model, "leverage")
+    refused = check_items(model, items, "leverage")
+    unreadable = [f"skipped {item.file}: {refused[item.prompt]}" for item in items if item.prompt in refused]
+    items = [item for item in items if item.prompt not in refused]
     n = min(most, len(items))
     chosen = [items[k * len(items) // n] for k in range(n)]
-    frames, prompts, unreadable = [], [], []
+    frames, prompts = [], []
     for file, prompt, _ in tqdm(chosen, desc="reading", unit="video", disable=None):
         try:
             frames.append(read_item(file, n_frames=model.n_frames, size=model.size))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 from tqdm import tqdm
 
-from pisces.commands.inputs import Item
+from pisces.commands.inputs import Item, check_items
 from pisces.config import resolve_path
 from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder
@@ -33,11 +35,13 @@ class Scores:
 
     Attributes:
         items: the videos with their prompts.
+        settings: how they were scored.
         found: by the number of the item, dicts with file, prompt and either quality (a cosine), semantic (log of the
             match probability) and match (the probability), or why the video could not be scored.
     """
 
     items: Sequence[Item]
+    settings: dict[str, Any]
     found: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -47,7 +51,7 @@ class Scores:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rewards of those videos that could be read."""
+        """The rewards of those videos that could be scored."""
         return [row for row in self.in_order if "why" not in row]
 
     @property
@@ -74,12 +78,15 @@ def score(
 ) -> Scores:
     """Score videos, print the table, write the files.
 
+    A video that cannot be read, or whose prompt the encoder refuses, is skipped with the reason. The files are replaced
+    as the batches end, so that a call that is stopped leaves what it has found.
+
     Args:
         items: videos with prompts.
         encoder: directory of an encoder, or "packaged".
         ot_map: alignment file; None compares the embeddings as they are.
         vanilla: leave the cross-attention as it is, without partial transport.
-        json_file: receives settings, scores and unreadable files.
+        json_file: receives settings, scores, unreadable videos, and how many are pending.
         csv_file: receives one line a video in the order of the items, unreadable ones with their reason. `pair_items`
             reads it: a relative name of a video is written relative to the file's folder.
 
@@ -88,7 +95,7 @@ def score(
 
     Raises:
         FileNotFoundError: no such encoder or alignment.
-        ValueError: the alignment is for another encoder, or a prompt is empty.
+        ValueError: the alignment is for another encoder, or no prompt has a word.
     """
     model = load_encoder(resolve_path(encoder))
     transport = None if vanilla else Transport()
@@ -99,16 +106,67 @@ def score(
         },
         {"quality": 1.0, "semantic": 1.0},
     )
-    scores = _score(rewards, items, model.n_frames, model.size)
-    _print(scores, note=unknown_words(model, [item.prompt for item in items]), packaged=encoder == "packaged")
+    refused = check_items(model, items, "score")
     settings = {"encoder": encoder, "ot_map": str(ot_map) if ot_map else None, "partial_transport": not vanilla}
-    if json_file:
-        with atomic_path(json_file) as temporary:
-            content = {**settings, "scores": scores.rows, "unreadable": scores.unreadable}
-            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if csv_file:
-        _write_csv(csv_file, scores)
+    scores = Scores(items, settings)
+    files = _Files(json_file, csv_file)
+    for i, item in enumerate(items):
+        if item.prompt in refused:
+            scores.enter(i, why=refused[item.prompt])
+    for frames, numbers in _batches(scores, model.n_frames, model.size):
+        with torch.no_grad():
+            terms = rewards.terms(frames, [items[i].prompt for i in numbers])
+        for i, quality, semantic in zip(numbers, terms["quality"], terms["semantic"], strict=True):
+            scores.enter(i, quality=quality.item(), semantic=semantic.item(), match=semantic.exp().item())
+        files.write(scores)
+    files.write(scores, last=True)
+    _print(
+        scores,
+        note=unknown_words(model, [item.prompt for item in items if item.prompt not in refused]),
+        packaged=encoder == "packaged",
+        what="scored" if refused else "read",
+    )
     return scores
+
+
+def _batches(scores: Scores, n_frames: int, size: int) -> Iterator[tuple[Tensor, list[int]]]:
+    """Frames and numbers of the videos that can be read; of the others the reason is entered."""
+    numbers = [i for i in range(len(scores.items)) if i not in scores.found]
+    batch: dict[int, Tensor] = {}
+    # disable=None: no bar where stderr is no terminal
+    for i in tqdm(numbers, desc="scoring", unit="video", disable=None if len(numbers) > BATCH_SIZE else True):
+        try:
+            batch[i] = read_item(scores.items[i].file, n_frames=n_frames, size=size)
+        except VideoReadError as error:
+            scores.enter(i, why=error.why)
+        if len(batch) == BATCH_SIZE:
+            yield torch.stack(list(batch.values())), list(batch)
+            batch = {}
+    if batch:
+        yield torch.stack(list(batch.values())), list(batch)
+
+
+class _Files:
+    """The files of a call, replaced as a whole whenever something new is found."""
+
+    def __init__(self, json_file: Path | None, csv_file: Path | None) -> None:
+        self.json_file, self.csv_file = json_file, csv_file
+        self.ended, self.took = 0.0, 0.0
+
+    def write(self, scores: Scores, *, last: bool = False) -> None:
+        """Write everything. Files that take long are not written after every batch: a tenth of the time is theirs."""
+        begun = time.monotonic()
+        if self.took > 0.5 and begun - self.ended < 10 * self.took and not last:
+            return
+        if self.json_file:
+            pending = len(scores.items) - len(scores.found)
+            content = {**scores.settings, "scores": scores.rows, "unreadable": scores.unreadable, "pending": pending}
+            with atomic_path(self.json_file) as temporary:
+                temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self.csv_file:
+            _write_csv(self.csv_file, scores)
+        self.ended = time.monotonic()
+        self.took = self.ended - begun
 
 
 def _write_csv(path: Path, scores: Scores) -> None:
@@ -128,31 +186,6 @@ def _seen_from(folder: Path, file: str) -> str:
     )
 
 
-@torch.no_grad()
-def _score(rewards: CompositeReward, items: Sequence[Item], n_frames: int, size: int) -> Scores:
-    scores = Scores(items)
-    batch: list[tuple[int, torch.Tensor]] = []
-
-    def flush() -> None:
-        if batch:
-            terms = rewards.terms(torch.stack([frames for _, frames in batch]), [items[i].prompt for i, _ in batch])
-            for (i, _), quality, semantic in zip(batch, terms["quality"], terms["semantic"], strict=True):
-                scores.enter(i, quality=quality.item(), semantic=semantic.item(), match=semantic.exp().item())
-            batch.clear()
-
-    # disable=None: no bar where stderr is no terminal
-    bar = tqdm(items, desc="scoring", unit="video", disable=None if len(items) > BATCH_SIZE else True)
-    for i, item in enumerate(bar):
-        try:
-            batch.append((i, read_item(item.file, n_frames=n_frames, size=size)))
-        except VideoReadError as error:
-            scores.enter(i, why=error.why)
-        if len(batch) == BATCH_SIZE:
-            flush()
-    flush()
-    return scores
-
-
 def unknown_words(model: Any, prompts: Sequence[str]) -> str:
     """A remark on words that a word-level encoder has never seen, empty where there are none."""
     known = getattr(model, "word_index", None)
@@ -166,7 +199,7 @@ def unknown_words(model: Any, prompts: Sequence[str]) -> str:
     return f"{unknown} of {words} words are unknown to this encoder and look alike to it." if unknown else ""
 
 
-def _print(scores: Scores, *, note: str, packaged: bool) -> None:
+def _print(scores: Scores, *, note: str, packaged: bool, what: str) -> None:
     console = Console()
     if scores.rows:
         table = Table()
@@ -203,5 +236,5 @@ def _print(scores: Scores, *, note: str, packaged: bool) -> None:
     for entry in scores.unreadable:
         errors.print(f"pisces: skipped {entry['file']}: {entry['why']}", style="red", markup=False, highlight=False)
     if scores.unreadable:
-        total = len(scores.rows) + len(scores.unreadable)
-        errors.print(f"pisces: {len(scores.unreadable)} of {total} videos could not be read", style="red")
+        counts = f"{len(scores.unreadable)} of {len(scores.found)} videos"
+        errors.print(f"pisces: {counts} could not be {what}", style="red")
