@@ -23,6 +23,8 @@ def score(
     vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the scores as CSV.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 16,
 ) -> None:
     """Score videos for a text with both rewards.
 
@@ -63,7 +65,16 @@ def score(
         items = pair_items(pairs)
     else:
         items = folder_items(folder, prompt) if folder is not None else [Item(path, prompt or "") for path in files]
-    scores = run(items, encoder=encoder, ot_map=ot_map, vanilla=vanilla, json_file=json_file, csv_file=csv_file)
+    scores = run(
+        items,
+        encoder=encoder,
+        ot_map=ot_map,
+        vanilla=vanilla,
+        json_file=json_file,
+        csv_file=csv_file,
+        device=device,
+        batch_size=batch_size,
+    )
     if scores.unreadable:
         raise typer.Exit(1)
 
@@ -117,6 +128,7 @@ def explain(
     vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
     layer: Annotated[int | None, typer.Option(help="Fusion layer, from 1. Default: the last.")] = None,
     head: Annotated[int | None, typer.Option(help="Attention head, from 1. Default: the mean of all.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
 ) -> None:
     """Draw which patches each word was matched to, frame by frame.
 
@@ -133,7 +145,7 @@ def explain(
 
     if not prompt.strip():
         raise ValueError("explain: PROMPT is empty, expected at least one word.")
-    page, _ = run(video, prompt, output, encoder=encoder, vanilla=vanilla, layer=layer, head=head)
+    page, _ = run(video, prompt, output, encoder=encoder, vanilla=vanilla, layer=layer, head=head, device=device)
     typer.echo(f"Open {page}")
 
 
@@ -143,6 +155,8 @@ def leverage(
     encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
     most: Annotated[int, typer.Option(min=2, help="Most videos, evenly spread; all are held in memory.")] = 128,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 32,
 ) -> None:
     """Say whether refining an encoder's attention can change its semantic reward at all.
 
@@ -162,7 +176,14 @@ def leverage(
 
     if prompt is not None and not prompt.strip():
         raise ValueError("leverage: --prompt is empty, expected at least one word.")
-    _, unreadable = run(folder_items(folder, prompt), encoder=encoder, most=most, json_file=json_file)
+    _, unreadable = run(
+        folder_items(folder, prompt),
+        encoder=encoder,
+        most=most,
+        json_file=json_file,
+        device=device,
+        batch_size=batch_size,
+    )
     if unreadable:
         raise typer.Exit(1)
 

@@ -17,7 +17,7 @@ from pisces.captions import read_pairs
 from pisces.cli import app
 from pisces.commands.inputs import refused_prompts
 from pisces.data import VideoFolder, write_metadata, write_video
-from pisces.encoders import load_encoder
+from pisces.encoders import TinyEncoder, load_encoder
 from pisces.rewards import CompositeReward
 from pisces.world import scene
 
@@ -240,8 +240,8 @@ def test_encoders_without_named_tokens_are_asked_too(tmp_path: Path) -> None:
 def test_a_call_that_is_stopped_leaves_what_it_has_found(
     clips: VideoFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pisces.commands.score.BATCH_SIZE", 2)
-    assert run("score", "--folder", clips.path, "--csv", tmp_path / "all.csv").exit_code == 0
+    command = ("score", "--folder", clips.path, "--batch-size", "2", "--csv")
+    assert run(*command, tmp_path / "all.csv").exit_code == 0
     terms = CompositeReward.terms
     calls = []
 
@@ -252,7 +252,7 @@ def test_a_call_that_is_stopped_leaves_what_it_has_found(
         return terms(self, frames, prompts)
 
     monkeypatch.setattr(CompositeReward, "terms", third_fails)
-    result = run("score", "--folder", clips.path, "--csv", tmp_path / "s.csv", "--json", tmp_path / "s.json")
+    result = run(*command, tmp_path / "s.csv", "--json", tmp_path / "s.json")
     assert result.exit_code not in (0, 1, 2)
     assert calls == [2, 2, 2]
     assert table(tmp_path / "s.csv") == table(tmp_path / "all.csv")[:4]
@@ -260,3 +260,64 @@ def test_a_call_that_is_stopped_leaves_what_it_has_found(
     assert len(left["scores"]) == 4
     assert left["pending"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.csv", "s.csv", "s.json"]
+
+
+# Device and batch
+
+
+@pytest.mark.parametrize("command", ["score", "leverage"])
+def test_the_batch_size_is_that_of_the_encoder_and_changes_nothing(
+    command: str, clips: VideoFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, seen = TinyEncoder.encode_video, []
+
+    def watched(self: TinyEncoder, frames: torch.Tensor) -> object:
+        seen.append(len(frames))
+        return encode(self, frames)
+
+    monkeypatch.setattr(TinyEncoder, "encode_video", watched)
+    found = []
+    for size, batches in ((4, [4, 2]), (6, [6]), (1, [1] * 6)):
+        seen.clear()
+        options = ("--batch-size", size, "--json", tmp_path / "s.json", "--device", "cpu")
+        assert run(command, "--folder", clips.path, *options).exit_code == 0
+        assert seen == batches
+        left = report(tmp_path / "s.json")
+        assert left["device"] == "cpu"
+        keys = ("quality", "match") if command == "score" else ("logit_std", "partial_ot", "uniform")
+        rows = left["scores"] if command == "score" else [left]
+        found.append([row[key] for row in rows for key in keys])
+    assert found[1] == pytest.approx(found[0], abs=5e-3)
+    assert found[2] == pytest.approx(found[0], abs=5e-3)
+    assert run(command, "--folder", clips.path, "--batch-size", "0").exit_code == 2
+
+
+def test_a_device_that_is_not_there_is_named(clips: VideoFolder, tmp_path: Path) -> None:
+    for command in (
+        ("score", "--folder", clips.path),
+        ("leverage", "--folder", clips.path),
+        ("explain", clips.files[0], clips.captions[0], "--output", tmp_path / "w.html"),
+    ):
+        for device in ("gpu", "cuda:99"):
+            refused(run(*command, "--device", device), command[0], f"--device {device}", "cuda:1")
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_taken_and_gives_the_scores_of_the_cpu(clips: VideoFolder, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for name in ("gpu", "cpu"):
+        options = ("--device", "cpu") if name == "cpu" else ()
+        for command, most in (("score", ()), ("leverage", ("--most", "5"))):
+            json_file = tmp_path / f"{command}-{name}.json"
+            assert run(command, "--folder", clips.path, *most, *options, "--json", json_file).exit_code == 0
+        page = ("--output", tmp_path / f"{name}.html")
+        assert run("explain", clips.files[0], clips.captions[0], *page, *options).exit_code == 0
+    gpu, cpu = (report(tmp_path / f"score-{name}.json") for name in ("gpu", "cpu"))
+    assert (gpu["device"], cpu["device"]) == ("cuda", "cpu")
+    for one, two in zip(gpu["scores"], cpu["scores"], strict=True):
+        assert one["quality"] == pytest.approx(two["quality"], abs=1e-3)
+        assert one["match"] == pytest.approx(two["match"], abs=5e-3)
+    gpu, cpu = (report(tmp_path / f"leverage-{name}.json") for name in ("gpu", "cpu"))
+    for key in ("logit_std", "partial_ot", "uniform"):
+        assert gpu[key] == pytest.approx(cpu[key], rel=2e-2, abs=5e-3)

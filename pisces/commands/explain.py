@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pisces.commands.inputs import refused_prompts
+from pisces.commands.inputs import choose_device, refused_prompts
 from pisces.commands.score import unknown_words
 from pisces.config import resolve_path
 from pisces.encoders import load_encoder
@@ -28,6 +29,7 @@ def explain(
     vanilla: bool = False,
     layer: int | None = None,
     head: int | None = None,
+    device: str | None = None,
 ) -> tuple[Path, Path]:
     """Draw plan and attention of one video and its prompt.
 
@@ -39,24 +41,26 @@ def explain(
         vanilla: leave the cross-attention as it is, without partial transport.
         layer: fusion layer to draw, from 1; None is the last.
         head: attention head to draw, from 1; None is the mean of all.
+        device: of the encoder; None is the first GPU if there is one, else the CPU.
 
     Returns:
         The page and the picture.
 
     Raises:
         FileNotFoundError: no such encoder.
-        ValueError: the video cannot be read, the prompt has no word, the encoder has no match head, no such layer or
-            head, or `output` is no .html.
+        ValueError: the video cannot be read, the prompt has no word, the encoder has no match head, no such layer,
+            head or device, or `output` is no .html.
     """
     if output.suffix.lower() != ".html":
         raise ValueError(f"explain: --output is {str(output)!r}, expected a name that ends in .html.")
-    model = load_encoder(resolve_path(encoder))
+    place = choose_device(device, "explain")
+    model = load_encoder(resolve_path(encoder)).to(place)
     check_match_head(model, "explain")
     for why in refused_prompts(model, [prompt]).values():
         raise ValueError(f"explain: {why}")
     frames = read_video(video, n_frames=model.n_frames, size=model.size)
     transport = None if vanilla else Transport()
-    found = record(model, frames[None], [prompt], transport, per_head=head is not None)
+    found = _drawn(record(model, frames[None].to(place), [prompt], transport, per_head=head is not None))
     _, n_layers, n_heads, _, _ = found.attention.shape
     one_layer = _choose("layer", layer, n_layers, default=n_layers)
     one_head = _choose("head", head, n_heads, default=1)
@@ -91,6 +95,12 @@ def explain(
         lead=f"{prompt}\n\nEncoder: {encoder}.",
     )
     return page, picture
+
+
+def _drawn(found: Explanation) -> Explanation:
+    """The same on the CPU."""
+    values = {field.name: getattr(found, field.name) for field in fields(found)}
+    return replace(found, **{name: value.cpu() for name, value in values.items() if isinstance(value, Tensor)})
 
 
 def _choose(what: str, number: int | None, n: int, *, default: int) -> int:

@@ -1,4 +1,4 @@
-"""What the commands that look at videos are given: videos with prompts, out of files, folders, shards and tables."""
+"""What the commands that look at videos are given: videos with prompts out of folders, shards or tables; a device."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from pisces.captions import read_pairs
 from pisces.data import VideoShards, is_video_folder, open_videos
+from pisces.pipelines.trainable import best_device
 from pisces.shards import Member
 from pisces.video import VIDEO_SUFFIXES
 
@@ -98,3 +99,20 @@ def check_items(encoder: Any, items: Iterable[Item], who: str) -> dict[str, str]
         where = items[0].where or items[0].file
         raise ValueError(f"{who}: no video has a prompt that this encoder reads; {where}: {refused[items[0].prompt]}")
     return refused
+
+
+def choose_device(name: str | None, who: str) -> torch.device:
+    """The device of that name; None is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    try:
+        device = torch.device(name or best_device())
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0].split(": ")[-1]
+        raise ValueError(
+            f"{who}: --device {name} is not there ({why}), expected such as cpu, cuda or cuda:1."
+        ) from None
+    return device

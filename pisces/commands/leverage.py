@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pisces.commands.inputs import Item, check_items
+from pisces.commands.inputs import Item, check_items, choose_device
 from pisces.config import resolve_path
 from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder
@@ -23,7 +23,7 @@ SMALL = 0.1  # of a standard deviation: what moves the log-odds by less changes 
 
 
 def leverage(
-    items: Sequence[Item], *, encoder: str, most: int, json_file: Path | None
+    items: Sequence[Item], *, encoder: str, most: int, json_file: Path | None, device: str | None, batch_size: int
 ) -> tuple[dict[str, float], list[str]]:
     """Measure the leverage of attention on the match score of an encoder, print it and how to read it.
 
@@ -32,15 +32,18 @@ def leverage(
         encoder: directory of an encoder with a match head, or "packaged".
         most: videos that are read, evenly spread over the items: all are held in memory.
         json_file: receives the numbers.
+        device: of the encoder; None is the first GPU if there is one, else the CPU.
+        batch_size: videos that are encoded at a time.
 
     Returns:
         What `pisces.rewards.leverage` returns, and a line for each video that was left out.
 
     Raises:
         FileNotFoundError: no such encoder.
-        ValueError: an encoder without a match head, or fewer than two readable videos.
+        ValueError: no such device, an encoder without a match head, or fewer than two readable videos.
     """
-    model = load_encoder(resolve_path(encoder))
+    place = choose_device(device, "leverage")
+    model = load_encoder(resolve_path(encoder)).to(place)
     check_match_head(model, "leverage")
     refused = check_items(model, items, "leverage")
     unreadable = [f"skipped {item.file}: {refused[item.prompt]}" for item in items if item.prompt in refused]
@@ -58,10 +61,10 @@ def leverage(
         raise ValueError(
             f"leverage: {len(frames)} of {n} videos could be read, expected at least two for a standard deviation."
         )
-    found = measure(model, torch.stack(frames), prompts)
+    found = measure(model, torch.stack(frames).to(place), prompts, batch_size=batch_size)
     _print(found, len(frames), unreadable)
     if json_file:
-        content = {"encoder": encoder, "videos": len(frames), **found, "reading": reading(found)}
+        content = {"encoder": encoder, "device": str(place), "videos": len(frames), **found, "reading": reading(found)}
         with atomic_path(json_file) as temporary:
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return found, unreadable

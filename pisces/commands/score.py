@@ -18,15 +18,13 @@ from rich.text import Text
 from torch import Tensor
 from tqdm import tqdm
 
-from pisces.commands.inputs import Item, check_items
+from pisces.commands.inputs import Item, check_items, choose_device
 from pisces.config import resolve_path
 from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder
 from pisces.ot_map import Alignment
 from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport
 from pisces.shards import read_item
-
-BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,8 @@ def score(
     vanilla: bool,
     json_file: Path | None,
     csv_file: Path | None,
+    device: str | None,
+    batch_size: int,
 ) -> Scores:
     """Score videos, print the table, write the files.
 
@@ -89,14 +89,17 @@ def score(
         json_file: receives settings, scores, unreadable videos, and how many are pending.
         csv_file: receives one line a video in the order of the items, unreadable ones with their reason. `pair_items`
             reads it: a relative name of a video is written relative to the file's folder.
+        device: of encoder and alignment; None is the first GPU if there is one, else the CPU.
+        batch_size: videos that are scored at a time.
 
     Returns:
         The scores.
 
     Raises:
         FileNotFoundError: no such encoder or alignment.
-        ValueError: the alignment is for another encoder, or no prompt has a word.
+        ValueError: the alignment is for another encoder, or no prompt has a word, or there is no such device.
     """
+    place = choose_device(device, "score")
     model = load_encoder(resolve_path(encoder))
     transport = None if vanilla else Transport()
     rewards = CompositeReward(
@@ -105,17 +108,22 @@ def score(
             "semantic": SemanticReward(model, transport=transport),
         },
         {"quality": 1.0, "semantic": 1.0},
-    )
+    ).to(place)
     refused = check_items(model, items, "score")
-    settings = {"encoder": encoder, "ot_map": str(ot_map) if ot_map else None, "partial_transport": not vanilla}
+    settings = {
+        "encoder": encoder,
+        "ot_map": str(ot_map) if ot_map else None,
+        "partial_transport": not vanilla,
+        "device": str(place),
+    }
     scores = Scores(items, settings)
     files = _Files(json_file, csv_file)
     for i, item in enumerate(items):
         if item.prompt in refused:
             scores.enter(i, why=refused[item.prompt])
-    for frames, numbers in _batches(scores, model.n_frames, model.size):
+    for frames, numbers in _batches(scores, model.n_frames, model.size, batch_size):
         with torch.no_grad():
-            terms = rewards.terms(frames, [items[i].prompt for i in numbers])
+            terms = rewards.terms(frames.to(place), [items[i].prompt for i in numbers])
         for i, quality, semantic in zip(numbers, terms["quality"], terms["semantic"], strict=True):
             scores.enter(i, quality=quality.item(), semantic=semantic.item(), match=semantic.exp().item())
         files.write(scores)
@@ -129,17 +137,17 @@ def score(
     return scores
 
 
-def _batches(scores: Scores, n_frames: int, size: int) -> Iterator[tuple[Tensor, list[int]]]:
+def _batches(scores: Scores, n_frames: int, size: int, batch_size: int) -> Iterator[tuple[Tensor, list[int]]]:
     """Frames and numbers of the videos that can be read; of the others the reason is entered."""
     numbers = [i for i in range(len(scores.items)) if i not in scores.found]
     batch: dict[int, Tensor] = {}
     # disable=None: no bar where stderr is no terminal
-    for i in tqdm(numbers, desc="scoring", unit="video", disable=None if len(numbers) > BATCH_SIZE else True):
+    for i in tqdm(numbers, desc="scoring", unit="video", disable=None if len(numbers) > batch_size else True):
         try:
             batch[i] = read_item(scores.items[i].file, n_frames=n_frames, size=size)
         except VideoReadError as error:
             scores.enter(i, why=error.why)
-        if len(batch) == BATCH_SIZE:
+        if len(batch) == batch_size:
             yield torch.stack(list(batch.values())), list(batch)
             batch = {}
     if batch:
