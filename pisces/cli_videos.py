@@ -21,6 +21,8 @@ def score(
     encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
     ot_map: Annotated[Path | None, typer.Option(help="Alignment that fit-ot-map wrote.")] = None,
     vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
+    tau: Annotated[float | None, typer.Option(help="Transport that keeps weights this far; 1 is balanced.")] = None,
+    mass: Annotated[float | None, typer.Option(help="Transport of exactly this mass.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the scores as CSV.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
@@ -29,7 +31,8 @@ def score(
     """Score videos for a text with both rewards.
 
     quality is the cosine of the text and video embeddings (after the OT map, if one is given), semantic the
-    log-probability that the text matches, with partial transport in the cross-attention.
+    log-probability that the text matches, with partial transport in the cross-attention; an encoder without a match
+    head gives quality alone. Of --vanilla, --tau and --mass at most one is given; without one tau is 0.9.
 
     A table has a column `video`, `file` or `file_name` and a column `prompt`, `text` or `caption`; that of --csv can be
     read back.
@@ -46,7 +49,7 @@ def score(
 
       pisces score --pairs pairs.csv --json scores.json
     """
-    from pisces.commands.inputs import Item, folder_items, pair_items
+    from pisces.commands.inputs import Item, choose_transport, folder_items, pair_items
     from pisces.commands.score import score as run
 
     files = [*(video or []), *(videos or [])]
@@ -69,7 +72,7 @@ def score(
         items,
         encoder=encoder,
         ot_map=ot_map,
-        vanilla=vanilla,
+        transport=choose_transport("score", tau=tau, mass=mass, vanilla=vanilla),
         json_file=json_file,
         csv_file=csv_file,
         device=device,
@@ -126,6 +129,8 @@ def explain(
     output: Annotated[Path, typer.Option(help="The page to write, NAME.html; NAME.png is written beside it.")],
     encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
     vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
+    tau: Annotated[float | None, typer.Option(help="Transport that keeps weights this far; 1 is balanced.")] = None,
+    mass: Annotated[float | None, typer.Option(help="Transport of exactly this mass.")] = None,
     layer: Annotated[int | None, typer.Option(help="Fusion layer, from 1. Default: the last.")] = None,
     head: Annotated[int | None, typer.Option(help="Attention head, from 1. Default: the mean of all.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
@@ -142,10 +147,12 @@ def explain(
       pisces explain clip.mp4 "a red square moves left" --output why.html --layer 1 --head 2
     """
     from pisces.commands.explain import explain as run
+    from pisces.commands.inputs import choose_transport
 
     if not prompt.strip():
         raise ValueError("explain: PROMPT is empty, expected at least one word.")
-    page, _ = run(video, prompt, output, encoder=encoder, vanilla=vanilla, layer=layer, head=head, device=device)
+    transport = choose_transport("explain", tau=tau, mass=mass, vanilla=vanilla)
+    page, _ = run(video, prompt, output, encoder=encoder, transport=transport, layer=layer, head=head, device=device)
     typer.echo(f"Open {page}")
 
 
@@ -154,6 +161,8 @@ def leverage(
     prompt: Annotated[str | None, typer.Option(help="Replaces the captions.")] = None,
     encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
     most: Annotated[int, typer.Option(min=2, help="Most videos, evenly spread; all are held in memory.")] = 128,
+    tau: Annotated[float | None, typer.Option(help="Transport that keeps weights this far; 1 is balanced.")] = None,
+    mass: Annotated[float | None, typer.Option(help="Transport of exactly this mass.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 32,
@@ -171,15 +180,17 @@ def leverage(
 
       pisces leverage --folder /tmp/samples
     """
-    from pisces.commands.inputs import folder_items
+    from pisces.commands.inputs import choose_transport, folder_items
     from pisces.commands.leverage import leverage as run
 
     if prompt is not None and not prompt.strip():
         raise ValueError("leverage: --prompt is empty, expected at least one word.")
+    transport = choose_transport("leverage", tau=tau, mass=mass)
     _, unreadable = run(
         folder_items(folder, prompt),
         encoder=encoder,
         most=most,
+        transport=transport,
         json_file=json_file,
         device=device,
         batch_size=batch_size,

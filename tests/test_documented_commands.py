@@ -30,7 +30,8 @@ def documented(page: str) -> list[str]:
 def taken(line: str) -> bool:
     """Whether the command line parses; nothing is run, and a complaint is on stderr."""
     words: list[str] = []
-    for word in shlex.split(re.sub(r"[\[\]]", " ", line), comments=True):
+    line = re.sub(r"[\[\]]|\|[^\]]*\]", " ", line)  # brackets are left out, and of [--this | --that] all but the first
+    for word in shlex.split(line, comments=True):
         words += [word.replace("*", name) for name in "ab"] if "*" in word else [word]  # as the shell would
     command: Any = typer.main.get_command(app)
     commands = [command]

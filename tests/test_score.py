@@ -16,10 +16,10 @@ from typer.testing import CliRunner, Result
 from pisces.captions import read_pairs
 from pisces.cli import app
 from pisces.commands.inputs import refused_prompts
-from pisces.data import VideoFolder, write_metadata, write_video
+from pisces.data import VideoFolder, read_video, write_metadata, write_video
 from pisces.encoders import TinyEncoder, load_encoder
-from pisces.rewards import CompositeReward
-from pisces.world import scene
+from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport, leverage
+from pisces.world import checkpoint_path, scene
 
 pytestmark = pytest.mark.usefixtures("plain_terminal")
 
@@ -321,3 +321,83 @@ def test_a_gpu_is_taken_and_gives_the_scores_of_the_cpu(clips: VideoFolder, tmp_
     gpu, cpu = (report(tmp_path / f"leverage-{name}.json") for name in ("gpu", "cpu"))
     for key in ("logit_std", "partial_ot", "uniform"):
         assert gpu[key] == pytest.approx(cpu[key], rel=2e-2, abs=5e-3)
+
+
+# Transport, and encoders without a match head
+
+
+def test_the_transport_is_that_of_the_options_and_is_reported(clips: VideoFolder, tmp_path: Path) -> None:
+    encoder = load_encoder(checkpoint_path("encoder"))
+    frames = torch.stack([read_video(file, n_frames=9, size=32) for file in clips.files])
+    found = {}
+    for options, transport in (
+        ((), Transport()),
+        (("--tau", "1"), Transport(tau=1.0)),
+        (("--mass", "0.3"), Transport(mass=0.3)),
+        (("--vanilla",), None),
+    ):
+        result = run("score", "--folder", clips.path, "--json", tmp_path / "s.json", *options)
+        assert result.exit_code == 0
+        left = report(tmp_path / "s.json")
+        rewards = SemanticReward(encoder, transport=transport)(frames, clips.captions)
+        found[options] = [row["semantic"] for row in left["scores"]]
+        assert found[options] == pytest.approx(rewards.tolist(), abs=1e-5)
+        used = left["transport"]
+        assert left["partial_transport"] == (used is not None) == (transport is not None)
+        if transport is not None:
+            assert Transport(**used) == transport
+            assert ("tau" in used) != ("mass" in used)
+            assert run("leverage", "--folder", clips.path, "--json", tmp_path / "l.json", *options).exit_code == 0
+            numbers = leverage(encoder, frames, clips.captions, transport)
+            left = report(tmp_path / "l.json")
+            assert {key: left[key] for key in numbers} == pytest.approx(numbers, abs=1e-5)
+            assert left["transport"] == used
+    assert len({tuple(row) for row in found.values()}) == 4
+
+
+def test_explain_draws_the_transport_that_was_asked_for(clips: VideoFolder, tmp_path: Path) -> None:
+    pages = {}
+    for options in (("--mass", "0.3"), ("--tau", "1"), ("--tau", "0.9"), ()):
+        page = tmp_path / "w.html"
+        assert run("explain", clips.files[0], clips.captions[0], "--output", page, *options).exit_code == 0
+        pages[options] = page.read_text()
+    assert "refined by partial transport, mass 0.3" in pages["--mass", "0.3"]
+    assert "all words together move 0.3" in pages["--mass", "0.3"]
+    assert "refined by partial transport, tau 1<" in pages["--tau", "1"]
+    assert pages[()] == pages["--tau", "0.9"]
+
+
+def test_settings_of_the_transport_that_cannot_be_are_refused(clips: VideoFolder, tmp_path: Path) -> None:
+    for command in (
+        ("score", "--folder", clips.path),
+        ("leverage", "--folder", clips.path),
+        ("explain", clips.files[0], clips.captions[0], "--output", tmp_path / "w.html"),
+    ):
+        refused(run(*command, "--tau", "0.9", "--mass", "0.5"), command[0], "--tau and --mass")
+        refused(run(*command, "--tau", "1.5"), command[0], "--tau is 1.5")
+        refused(run(*command, "--mass", "0"), command[0], "--mass is 0")
+        refused(run(*command, "--mass", "nan"), command[0], "--mass is nan")
+        if command[0] != "leverage":
+            refused(run(*command, "--vanilla", "--mass", "0.5"), command[0], "--mass and --vanilla")
+
+
+@pytest.mark.parametrize("name", ["clip", "xclip"])
+def test_an_encoder_without_a_match_head_gives_quality_alone(name: str, clips: VideoFolder, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path / name)
+    command = ("score", "--folder", clips.path, "--encoder", tmp_path / name)
+    result = run(*command, "--csv", tmp_path / "s.csv", "--json", tmp_path / "s.json")
+    assert result.exit_code == 0, result.output
+    assert "no match head" in result.stdout
+    left = report(tmp_path / "s.json")
+    assert left["match_head"] is left["partial_transport"] is False
+    assert left["transport"] is None
+    encoder = load_encoder(tmp_path / name)
+    frames = torch.stack([read_video(file, n_frames=encoder.n_frames, size=encoder.size) for file in clips.files])
+    quality = QualityReward(encoder)(frames, clips.captions)
+    assert [row["quality"] for row in left["scores"]] == pytest.approx(quality.tolist(), abs=1e-5)
+    assert all(row["semantic"] is row["match"] is None for row in left["scores"])
+    for row, value in zip(table(tmp_path / "s.csv"), quality.tolist(), strict=True):
+        assert row["semantic"] == row["match"] == row["why"] == ""
+        assert float(row["quality"]) == pytest.approx(value, abs=1e-5)
+    assert run("score", "--pairs", tmp_path / "s.csv", "--encoder", tmp_path / name).exit_code == 0
+    refused(run(*command, "--mass", "0.5"), "--mass", "match head")

@@ -1,9 +1,10 @@
-"""What the commands that look at videos are given: videos with prompts out of folders, shards or tables; a device."""
+"""What commands that look at videos are given: videos with prompts of folders, shards or tables; transport; device."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from pisces.captions import read_pairs
 from pisces.data import VideoShards, is_video_folder, open_videos
 from pisces.pipelines.trainable import best_device
+from pisces.rewards import Transport
 from pisces.shards import Member
 from pisces.video import VIDEO_SUFFIXES
 
@@ -116,3 +118,37 @@ def choose_device(name: str | None, who: str) -> torch.device:
             f"{who}: --device {name} is not there ({why}), expected such as cpu, cuda or cuda:1."
         ) from None
     return device
+
+
+def choose_transport(who: str, *, tau: float | None, mass: float | None, vanilla: bool = False) -> Transport | None:
+    """The transport of the options --tau, --mass and --vanilla, of which at most one is given.
+
+    Raises:
+        ValueError: more than one, or a number that is no share.
+    """
+    options = {"--tau": tau, "--mass": mass}
+    given = [name for name, value in options.items() if value is not None] + ["--vanilla"] * vanilla
+    if len(given) > 1:
+        raise ValueError(f"{who}: got {' and '.join(given)}, expected one of them at most.")
+    for name, value in options.items():
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{who}: {name} is {value}, expected more than 0 and at most 1.")
+    if vanilla:
+        return None
+    if mass is not None:
+        return Transport(mass=mass)
+    return Transport() if tau is None else Transport(tau=tau)
+
+
+def transport_name(transport: Transport) -> str:
+    """Such as "tau 0.9" or "mass 0.7"."""
+    return f"tau {transport.tau:g}" if transport.mass is None else f"mass {transport.mass:g}"
+
+
+def transport_settings(transport: Transport | None) -> dict[str, Any] | None:
+    """For a report: what was used, without the `tau` that a `mass` replaces."""
+    if transport is None:
+        return None
+    settings = asdict(transport)
+    del settings["tau" if transport.mass is not None else "mass"]
+    return settings

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pisces.commands.inputs import Item, check_items, choose_device
+from pisces.commands.inputs import Item, check_items, choose_device, transport_name, transport_settings
 from pisces.config import resolve_path
 from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder
+from pisces.rewards import Transport
 from pisces.rewards import leverage as measure
 from pisces.rewards.base import check_match_head
 from pisces.shards import read_item
@@ -23,7 +25,14 @@ SMALL = 0.1  # of a standard deviation: what moves the log-odds by less changes 
 
 
 def leverage(
-    items: Sequence[Item], *, encoder: str, most: int, json_file: Path | None, device: str | None, batch_size: int
+    items: Sequence[Item],
+    *,
+    encoder: str,
+    most: int,
+    transport: Transport | None,
+    json_file: Path | None,
+    device: str | None,
+    batch_size: int,
 ) -> tuple[dict[str, float], list[str]]:
     """Measure the leverage of attention on the match score of an encoder, print it and how to read it.
 
@@ -31,6 +40,7 @@ def leverage(
         items: videos with prompts; videos that match their prompts more and less say most.
         encoder: directory of an encoder with a match head, or "packaged".
         most: videos that are read, evenly spread over the items: all are held in memory.
+        transport: whose leverage is measured; None is `Transport()`.
         json_file: receives the numbers.
         device: of the encoder; None is the first GPU if there is one, else the CPU.
         batch_size: videos that are encoded at a time.
@@ -42,7 +52,7 @@ def leverage(
         FileNotFoundError: no such encoder.
         ValueError: no such device, an encoder without a match head, or fewer than two readable videos.
     """
-    place = choose_device(device, "leverage")
+    place, transport = choose_device(device, "leverage"), transport or Transport()
     model = load_encoder(resolve_path(encoder)).to(place)
     check_match_head(model, "leverage")
     refused = check_items(model, items, "leverage")
@@ -61,10 +71,11 @@ def leverage(
         raise ValueError(
             f"leverage: {len(frames)} of {n} videos could be read, expected at least two for a standard deviation."
         )
-    found = measure(model, torch.stack(frames).to(place), prompts, batch_size=batch_size)
-    _print(found, len(frames), unreadable)
+    found = measure(model, torch.stack(frames).to(place), prompts, transport, batch_size=batch_size)
+    _print(found, len(frames), transport, unreadable)
     if json_file:
-        content = {"encoder": encoder, "device": str(place), "videos": len(frames), **found, "reading": reading(found)}
+        content: dict[str, Any] = {"encoder": encoder, "device": str(place), "transport": transport_settings(transport)}
+        content |= {"videos": len(frames), **found, "reading": reading(found)}
         with atomic_path(json_file) as temporary:
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return found, unreadable
@@ -100,13 +111,16 @@ def reading(found: Mapping[str, float]) -> str:
     )
 
 
-def _print(found: Mapping[str, float], n: int, unreadable: Sequence[str]) -> None:
+def _print(found: Mapping[str, float], n: int, transport: Transport, unreadable: Sequence[str]) -> None:
     console, std = Console(), found["logit_std"]
     table = Table()
     for name in ("log-odds of a match", "value", "of the deviation"):
         table.add_column(name, justify="left" if name.startswith("log") else "right", no_wrap=True)
     table.add_row(f"standard deviation over {n} videos", f"{std:.3f}", "")
-    for name, key in (("moved by partial transport", "partial_ot"), ("moved by uniform attention", "uniform")):
+    for name, key in (
+        (f"moved by partial transport, {transport_name(transport)}", "partial_ot"),
+        ("moved by uniform attention", "uniform"),
+    ):
         table.add_row(name, f"{found[key]:.3f}", f"{found[key] / std:.0%}" if std > 0 else "")
     console.print(table)
     console.print(reading(found), highlight=False)

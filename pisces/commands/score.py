@@ -18,12 +18,13 @@ from rich.text import Text
 from torch import Tensor
 from tqdm import tqdm
 
-from pisces.commands.inputs import Item, check_items, choose_device
+from pisces.commands.inputs import Item, check_items, choose_device, transport_settings
 from pisces.config import resolve_path
 from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder
 from pisces.ot_map import Alignment
-from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport
+from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, Transport
+from pisces.rewards.base import check_match_head
 from pisces.shards import read_item
 
 
@@ -35,7 +36,8 @@ class Scores:
         items: the videos with their prompts.
         settings: how they were scored.
         found: by the number of the item, dicts with file, prompt and either quality (a cosine), semantic (log of the
-            match probability) and match (the probability), or why the video could not be scored.
+            match probability) and match (the probability), or why the video could not be scored. Without a match head
+            semantic and match are None.
     """
 
     items: Sequence[Item]
@@ -70,7 +72,7 @@ def score(
     *,
     encoder: str,
     ot_map: Path | None,
-    vanilla: bool,
+    transport: Transport | None,
     json_file: Path | None,
     csv_file: Path | None,
     device: str | None,
@@ -79,13 +81,14 @@ def score(
     """Score videos, print the table, write the files.
 
     A video that cannot be read, or whose prompt the encoder refuses, is skipped with the reason. The files are replaced
-    as the batches end, so that a call that is stopped leaves what it has found.
+    as the batches end, so that a call that is stopped leaves what it has found. An encoder without a match head gives
+    the quality reward alone, which is said.
 
     Args:
         items: videos with prompts.
         encoder: directory of an encoder, or "packaged".
         ot_map: alignment file; None compares the embeddings as they are.
-        vanilla: leave the cross-attention as it is, without partial transport.
+        transport: of the words to the video tokens; None leaves the cross-attention as it is.
         json_file: receives settings, scores, unreadable videos, and how many are pending.
         csv_file: receives one line a video in the order of the items, unreadable ones with their reason. `pair_items`
             reads it: a relative name of a video is written relative to the file's folder.
@@ -97,23 +100,25 @@ def score(
 
     Raises:
         FileNotFoundError: no such encoder or alignment.
-        ValueError: the alignment is for another encoder, or no prompt has a word, or there is no such device.
+        ValueError: the alignment is for another encoder, no prompt has a word, there is no such device, or settings of
+            the transport are given for an encoder without a match head.
     """
     place = choose_device(device, "score")
     model = load_encoder(resolve_path(encoder))
-    transport = None if vanilla else Transport()
-    rewards = CompositeReward(
-        {
-            "quality": QualityReward(model, Alignment.load(ot_map) if ot_map else None),
-            "semantic": SemanticReward(model, transport=transport),
-        },
-        {"quality": 1.0, "semantic": 1.0},
-    ).to(place)
+    matches = getattr(model, "has_match_head", True)
+    if not matches and transport not in (None, Transport()):
+        check_match_head(model, "score: --tau and --mass are settings of the semantic reward")
+    parts: dict[str, Reward] = {"quality": QualityReward(model, Alignment.load(ot_map) if ot_map else None)}
+    if matches:
+        parts["semantic"] = SemanticReward(model, transport=transport)
+    rewards = CompositeReward(parts, dict.fromkeys(parts, 1.0)).to(place)
     refused = check_items(model, items, "score")
     settings = {
         "encoder": encoder,
         "ot_map": str(ot_map) if ot_map else None,
-        "partial_transport": not vanilla,
+        "match_head": matches,
+        "partial_transport": matches and transport is not None,
+        "transport": transport_settings(transport if matches else None),
         "device": str(place),
     }
     scores = Scores(items, settings)
@@ -124,8 +129,14 @@ def score(
     for frames, numbers in _batches(scores, model.n_frames, model.size, batch_size):
         with torch.no_grad():
             terms = rewards.terms(frames.to(place), [items[i].prompt for i in numbers])
-        for i, quality, semantic in zip(numbers, terms["quality"], terms["semantic"], strict=True):
-            scores.enter(i, quality=quality.item(), semantic=semantic.item(), match=semantic.exp().item())
+        for k, i in enumerate(numbers):
+            semantic = terms["semantic"][k] if matches else None
+            scores.enter(
+                i,
+                quality=terms["quality"][k].item(),
+                semantic=None if semantic is None else semantic.item(),
+                match=None if semantic is None else semantic.exp().item(),
+            )
         files.write(scores)
     files.write(scores, last=True)
     _print(
@@ -208,30 +219,32 @@ def unknown_words(model: Any, prompts: Sequence[str]) -> str:
 
 
 def _print(scores: Scores, *, note: str, packaged: bool, what: str) -> None:
-    console = Console()
+    console, matches = Console(), scores.settings["match_head"]
     if scores.rows:
         table = Table()
         table.add_column("video", overflow="fold")
         table.add_column("prompt", overflow="fold")
-        table.add_column("quality", justify="right", no_wrap=True)
-        table.add_column("semantic", justify="right", no_wrap=True)
-        table.add_column("match", justify="right", no_wrap=True)
+        formats = {"quality": "+.3f", "semantic": "+.3f", "match": ".3f"} if matches else {"quality": "+.3f"}
+        for key in formats:
+            table.add_column(key, justify="right", no_wrap=True)
         for row in scores.rows:
-            numbers = (f"{row['quality']:+.3f}", f"{row['semantic']:+.3f}", f"{row['match']:.3f}")
+            numbers = [format(row[key], how) for key, how in formats.items()]
             # Text: brackets of a name or a prompt are no markup
             table.add_row(Text(Path(row["file"]).name), Text(row["prompt"]), *numbers)
         if len(scores.rows) > 1:
-            means = [
-                sum(row[key] for row in scores.rows) / len(scores.rows) for key in ("quality", "semantic", "match")
-            ]
+            means = {key: sum(row[key] for row in scores.rows) / len(scores.rows) for key in formats}
             table.add_section()
-            table.add_row("mean", "", f"{means[0]:+.3f}", f"{means[1]:+.3f}", f"{means[2]:.3f}")
+            table.add_row("mean", "", *(format(means[key], how) for key, how in formats.items()))
         console.print(table)
-        console.print(
-            "quality: cosine of text and video embedding; semantic: log-probability that the text matches; "
-            "match: that probability.",
-            style="dim",
-        )
+        legend = "quality: cosine of text and video embedding"
+        if matches:
+            legend += "; semantic: log-probability that the text matches; match: that probability"
+        console.print(f"{legend}.", style="dim")
+        if not matches:
+            console.print(
+                "This encoder has no match head, which the semantic reward reads: semantic and match are left empty.",
+                style="yellow",
+            )
         if packaged:
             console.print(
                 "Encoder: the packaged small one. It knows 32-pixel videos of moving shapes and nothing else; "
