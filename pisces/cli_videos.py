@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+MOST = 128  # videos of which the leverage is measured: all are held in memory
+
 
 def score(
     videos: Annotated[list[Path] | None, typer.Argument(help="Video files.")] = None,
@@ -27,6 +29,9 @@ def score(
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the scores as CSV.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 16,
+    with_leverage: Annotated[
+        bool, typer.Option("--leverage", help="Also say what pisces leverage says, of 128 videos at most.")
+    ] = False,
 ) -> None:
     """Score videos for a text with both rewards.
 
@@ -77,6 +82,7 @@ def score(
         csv_file=csv_file,
         device=device,
         batch_size=batch_size,
+        leverage=MOST if with_leverage else 0,
     )
     if scores.unreadable:
         raise typer.Exit(1)
@@ -160,12 +166,12 @@ def leverage(
     folder: Annotated[Path, typer.Option(help="Folder or shards of captioned videos, such as sample writes.")],
     prompt: Annotated[str | None, typer.Option(help="Replaces the captions.")] = None,
     encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
-    most: Annotated[int, typer.Option(min=2, help="Most videos, evenly spread; all are held in memory.")] = 128,
+    most: Annotated[int, typer.Option(min=2, help="Most videos, evenly spread; all are held in memory.")] = MOST,
     tau: Annotated[float | None, typer.Option(help="Transport that keeps weights this far; 1 is balanced.")] = None,
     mass: Annotated[float | None, typer.Option(help="Transport of exactly this mass.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 16,
 ) -> None:
     """Say whether refining an encoder's attention can change its semantic reward at all.
 

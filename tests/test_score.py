@@ -15,7 +15,8 @@ from typer.testing import CliRunner, Result
 
 from pisces.captions import read_pairs
 from pisces.cli import app
-from pisces.commands.inputs import refused_prompts
+from pisces.commands import score as score_command
+from pisces.commands.inputs import refused_prompts, transport_settings
 from pisces.data import VideoFolder, read_video, write_metadata, write_video
 from pisces.encoders import TinyEncoder, load_encoder
 from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport, leverage
@@ -401,3 +402,53 @@ def test_an_encoder_without_a_match_head_gives_quality_alone(name: str, clips: V
         assert float(row["quality"]) == pytest.approx(value, abs=1e-5)
     assert run("score", "--pairs", tmp_path / "s.csv", "--encoder", tmp_path / name).exit_code == 0
     refused(run(*command, "--mass", "0.5"), "--mass", "match head")
+
+
+# Leverage beside the scores
+
+
+def test_leverage_beside_the_scores_is_that_of_its_own_command(
+    clips: VideoFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pisces.cli_videos.MOST", 4)
+    read, seen = score_command.read_item, []
+
+    def watched(file: Path, **options: Any) -> torch.Tensor:
+        seen.append(file)
+        return read(file, **options)
+
+    monkeypatch.setattr(score_command, "read_item", watched)
+    for options in ((), ("--mass", "0.5")):
+        seen.clear()
+        both = run("score", "--folder", clips.path, "--json", tmp_path / "s.json", "--leverage", *options)
+        assert both.exit_code == 0, both.output
+        assert seen == clips.files  # each once
+        own = run("leverage", "--folder", clips.path, "--most", "4", "--json", tmp_path / "l.json", *options)
+        assert own.exit_code == 0
+        assert both.stdout.endswith(own.stdout)
+        alone = report(tmp_path / "l.json")
+        assert alone["videos"] == 4
+        found = report(tmp_path / "s.json")
+        assert found["leverage"] == {key: alone[key] for key in found["leverage"]}
+        assert set(found["leverage"]) >= {"logit_std", "partial_ot", "uniform", "reading", "transport"}
+        assert len(found["scores"]) == 6
+    vanilla = run("score", "--folder", clips.path, "--json", tmp_path / "v.json", "--leverage", "--vanilla")
+    assert vanilla.exit_code == 0
+    found = report(tmp_path / "v.json")
+    assert found["transport"] is None
+    assert found["leverage"]["transport"] == transport_settings(Transport())
+    assert run("score", "--folder", clips.path, "--json", tmp_path / "s.json").exit_code == 0
+    assert report(tmp_path / "s.json")["leverage"] is None
+
+
+def test_leverage_needs_two_videos_and_a_match_head(clips: VideoFolder, tmp_path: Path) -> None:
+    options = ("--prompt", "a red square", "--leverage", "--json", tmp_path / "s.json")
+    refused(run("score", clips.files[0], *options), "--leverage", "at least two")
+    save_tiny("clip", tmp_path / "clip")
+    refused(run("score", *clips.files[:2], *options, "--encoder", tmp_path / "clip"), "--leverage", "match head")
+    assert not (tmp_path / "s.json").exists()
+    result = run("score", clips.files[0], tmp_path / "absent.mp4", *options)
+    assert result.exit_code == 1
+    assert "no leverage" in result.stderr
+    found = report(tmp_path / "s.json")
+    assert (len(found["scores"]), found["leverage"]) == (1, None)

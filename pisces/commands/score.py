@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pisces.commands.inputs import Item, check_items, choose_device, transport_settings
+from pisces.commands.leverage import evenly, measured, print_leverage
 from pisces.config import resolve_path
 from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder
@@ -77,6 +78,7 @@ def score(
     csv_file: Path | None,
     device: str | None,
     batch_size: int,
+    leverage: int,
 ) -> Scores:
     """Score videos, print the table, write the files.
 
@@ -94,18 +96,22 @@ def score(
             reads it: a relative name of a video is written relative to the file's folder.
         device: of encoder and alignment; None is the first GPU if there is one, else the CPU.
         batch_size: videos that are scored at a time.
+        leverage: most videos, evenly spread and held in memory, of which the leverage of attention is measured, too; 0
+            measures none.
 
     Returns:
         The scores.
 
     Raises:
         FileNotFoundError: no such encoder or alignment.
-        ValueError: the alignment is for another encoder, no prompt has a word, there is no such device, or settings of
-            the transport are given for an encoder without a match head.
+        ValueError: the alignment is for another encoder, no prompt has a word, there is no such device, settings of the
+            transport or the leverage are asked of an encoder without a match head, or the leverage of one video.
     """
     place = choose_device(device, "score")
     model = load_encoder(resolve_path(encoder))
     matches = getattr(model, "has_match_head", True)
+    if leverage:
+        check_match_head(model, "score: --leverage")
     if not matches and transport not in (None, Transport()):
         check_match_head(model, "score: --tau and --mass are settings of the semantic reward")
     parts: dict[str, Reward] = {"quality": QualityReward(model, Alignment.load(ot_map) if ot_map else None)}
@@ -113,38 +119,50 @@ def score(
         parts["semantic"] = SemanticReward(model, transport=transport)
     rewards = CompositeReward(parts, dict.fromkeys(parts, 1.0)).to(place)
     refused = check_items(model, items, "score")
-    settings = {
+    readable = [i for i, item in enumerate(items) if item.prompt not in refused]
+    if leverage and len(readable) < 2:
+        raise ValueError("score: --leverage got one video, expected at least two for a standard deviation.")
+    settings: dict[str, Any] = {
         "encoder": encoder,
         "ot_map": str(ot_map) if ot_map else None,
         "match_head": matches,
         "partial_transport": matches and transport is not None,
         "transport": transport_settings(transport if matches else None),
         "device": str(place),
+        "leverage": None,
     }
-    scores = Scores(items, settings)
-    files = _Files(json_file, csv_file)
+    scores, files = Scores(items, settings), _Files(json_file, csv_file)
     for i, item in enumerate(items):
         if item.prompt in refused:
             scores.enter(i, why=refused[item.prompt])
-    for frames, numbers in _batches(scores, model.n_frames, model.size, batch_size):
+    chosen = {readable[k] for k in evenly(len(readable), leverage)} if leverage else set()
+    kept: dict[int, Tensor] = {}
+    for frames, batch in _batches(scores, model.n_frames, model.size, batch_size):
+        # copies: a view would hold the whole batch
+        kept |= {i: video.clone() for i, video in zip(batch, frames, strict=True) if i in chosen}
         with torch.no_grad():
-            terms = rewards.terms(frames.to(place), [items[i].prompt for i in numbers])
-        for k, i in enumerate(numbers):
-            semantic = terms["semantic"][k] if matches else None
-            scores.enter(
-                i,
-                quality=terms["quality"][k].item(),
-                semantic=None if semantic is None else semantic.item(),
-                match=None if semantic is None else semantic.exp().item(),
-            )
+            terms = rewards.terms(frames.to(place), [items[i].prompt for i in batch])
+        for k, i in enumerate(batch):
+            found: dict[str, float | None] = {"quality": terms["quality"][k].item(), "semantic": None, "match": None}
+            if matches:
+                found |= {"semantic": terms["semantic"][k].item(), "match": terms["semantic"][k].exp().item()}
+            scores.enter(i, **found)
         files.write(scores)
     files.write(scores, last=True)
+    if len(kept) > 1:
+        texts = [items[i].prompt for i in kept]
+        settings["leverage"] = measured(model, list(kept.values()), texts, transport or Transport(), place, batch_size)
+        files.write(scores, last=True)
     _print(
         scores,
-        note=unknown_words(model, [item.prompt for item in items if item.prompt not in refused]),
+        note=unknown_words(model, [items[i].prompt for i in readable]),
         packaged=encoder == "packaged",
         what="scored" if refused else "read",
     )
+    if settings["leverage"]:
+        print_leverage(settings["leverage"], transport or Transport())
+    elif leverage:
+        Console(stderr=True).print("pisces: fewer than two videos could be read: no leverage", style="red")
     return scores
 
 
