@@ -1,4 +1,4 @@
-"""Captions and prompts: text files, and what a line of them may look like."""
+"""Captions and prompts: text files, tables of videos with prompts, and what a line of them may look like."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT_KEYS = ("prompt", "text", "caption")
+VIDEO_KEYS = ("video", "file", "file_name")
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
@@ -43,8 +44,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     elif suffix == ".jsonl":
         found = [(where, prompt_of(where, row)) for where, row in json_lines(path)]
     elif suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(read_text(path)))
-        found = [(f"{path}, line {reader.line_num}", prompt_of(f"{path}", row)) for row in reader]
+        found = [(where, prompt_of(where, row)) for where, row in csv_rows(path)]
     else:
         raise ValueError(f"read_prompts: {str(path)!r} ends in {suffix!r}, expected .txt, .jsonl or .csv.")
     for where, prompt in found:
@@ -53,6 +53,55 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     if not found:
         raise ValueError(f"read_prompts: {str(path)!r} holds no prompt.")
     return [prompt.strip() for _, prompt in found]
+
+
+def read_pairs(path: str | os.PathLike[str]) -> list[tuple[Path, str, str]]:
+    """Read videos with prompts from a table: .jsonl with an object a line, or .csv with a header.
+
+    The video is under `video`, `file` or `file_name`, the prompt under `prompt`, `text` or `caption`, in each case the
+    first of them that is there. What else a row has is ignored, so that a table of scores can be read back.
+
+    Args:
+        path: the table, UTF-8.
+
+    Returns:
+        (video, prompt, place) of each row in order: a relative video is that beside the table, a prompt is as it is
+        written and may be empty, the place is for messages.
+
+    Raises:
+        FileNotFoundError: no such table.
+        ValueError: another suffix, no row, or a row that is broken or without a video or a prompt; it is named.
+
+    Example:
+        >>> _ = Path("/tmp/pisces-pairs.csv").write_text('video,prompt\\nclips/a.mp4,"a square, red"\\n')
+        >>> read_pairs("/tmp/pisces-pairs.csv")
+        [(PosixPath('/tmp/clips/a.mp4'), 'a square, red', '/tmp/pisces-pairs.csv, line 2')]
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"read_pairs: no file {str(path)!r}.")
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"read_pairs: {str(path)!r} ends in {suffix!r}, expected .csv or .jsonl.")
+    rows = csv_rows(path) if suffix == ".csv" else json_lines(path)
+    found = [(path.parent / _video_of(where, row), prompt_of(where, row), where) for where, row in rows]
+    if not found:
+        raise ValueError(f"read_pairs: {str(path)!r} holds no video.")
+    return found
+
+
+def _video_of(where: str, row: Any) -> str:
+    """The name of the video in a row of a table."""
+    wanted = ", ".join(map(repr, VIDEO_KEYS))
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with a video ({wanted}) and a prompt.")
+    name = next((row[key] for key in VIDEO_KEYS if key in row), None)
+    if name is None:
+        keys = ", ".join(repr(str(key)) for key in row)
+        raise ValueError(f"{where}: found {keys}, expected a video under one of {wanted}.")
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"{where}: the video is {name!r}, expected the name of a file.")
+    return name
 
 
 def prompt_of(where: str, row: Any) -> str:
@@ -90,3 +139,27 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield where, json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON ({error.msg}).") from error
+
+
+def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (place, row) for each row of a .csv file below its header, blank lines left out.
+
+    The place is the line on which the row begins. Cells that a short row lacks are empty; a long row is an error, since
+    most are prompts whose comma was not quoted.
+    """
+    reader = csv.reader(io.StringIO(read_text(path)))
+    header: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            where, line = f"{path}, line {line}", reader.line_num + 1
+            if len(cells) > len(header) > 0:
+                raise ValueError(
+                    f"{where}: it has {len(cells)} cells, expected {len(header)} as in the header. Put text with a "
+                    "comma between double quotes."
+                )
+            if cells and header:
+                yield where, dict.fromkeys(header, "") | dict(zip(header, cells, strict=False))
+            header = header or cells
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line}: not CSV ({error}).") from error

@@ -7,44 +7,83 @@ from typing import Annotated
 
 import typer
 
+MOST = 128  # videos of which the leverage is measured: all are held in memory
+
 
 def score(
-    video: Annotated[list[Path] | None, typer.Option(help="A video file; repeat for more.")] = None,
+    videos: Annotated[list[Path] | None, typer.Argument(help="Video files.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video file, too; repeat for more.")] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Folder or shards of videos; their captions are the prompts.")
+    ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Table of videos and prompts, .csv or .jsonl; names relative to it.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="The text; with --folder it replaces the captions.")] = None,
     encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
     ot_map: Annotated[Path | None, typer.Option(help="Alignment that fit-ot-map wrote.")] = None,
     vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
+    tau: Annotated[float | None, typer.Option(help="Transport that keeps weights this far; 1 is balanced.")] = None,
+    mass: Annotated[float | None, typer.Option(help="Transport of exactly this mass.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the scores as CSV.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 16,
+    with_leverage: Annotated[
+        bool, typer.Option("--leverage", help="Also say what pisces leverage says, of 128 videos at most.")
+    ] = False,
 ) -> None:
     """Score videos for a text with both rewards.
 
     quality is the cosine of the text and video embeddings (after the OT map, if one is given), semantic the
-    log-probability that the text matches, with partial transport in the cross-attention.
+    log-probability that the text matches, with partial transport in the cross-attention; an encoder without a match
+    head gives quality alone. Of --vanilla, --tau and --mass at most one is given; without one tau is 0.9.
 
-    A video that cannot be read (missing, cut off, not a video) is named, counted and skipped; the exit code is then 1.
-    It is 0 when every video was scored and 2 for a mistake in the command.
+    A table has a column `video`, `file` or `file_name` and a column `prompt`, `text` or `caption`; that of --csv can be
+    read back.
+
+    A video that cannot be read (missing, cut off, not a video), or whose prompt has no word, is named, counted and
+    skipped; the exit code is then 1. It is 0 when every video was scored and 2 for a mistake in the command. The files
+    are replaced after every batch, so that a call that is stopped leaves what it has found.
 
     Examples:
 
-      pisces score --video clip.mp4 --prompt "a red square moves left"
+      pisces score clip.mp4 other.mp4 --prompt "a red square moves left"
 
       pisces score --folder /tmp/shapes --ot-map /tmp/map.safetensors --csv scores.csv
+
+      pisces score --pairs pairs.csv --json scores.json
     """
-    from pisces.commands.score import folder_items
+    from pisces.commands.inputs import Item, choose_transport, folder_items, pair_items
     from pisces.commands.score import score as run
 
-    if bool(video) == (folder is not None):
-        raise ValueError("score: give either --video (once or more) or --folder.")
+    files = [*(video or []), *(videos or [])]
+    if bool(files) + (folder is not None) + (pairs is not None) != 1:
+        raise ValueError("score: give either videos (CLIP.mp4 ... or --video), --folder or --pairs.")
     if prompt is not None and not prompt.strip():
         raise ValueError("score: --prompt is empty, expected at least one word.")
-    if video and prompt is None:
-        raise ValueError("score: --video needs --prompt TEXT, the text to score it for.")
-    items = folder_items(folder, prompt) if folder is not None else [(path, prompt or "") for path in video or []]
-    scores = run(items, encoder=encoder, ot_map=ot_map, vanilla=vanilla, json_file=json_file, csv_file=csv_file)
+    if files and prompt is None:
+        raise ValueError("score: videos need --prompt TEXT, the text to score them for.")
+    if pairs is not None and prompt is not None:
+        raise ValueError("score: --pairs has prompts of its own. Leave --prompt out.")
+    for path in files:
+        if path.is_dir():
+            raise ValueError(f"score: {str(path)!r} is a folder, expected video files. Use --folder.")
+    if pairs is not None:
+        items = pair_items(pairs)
+    else:
+        items = folder_items(folder, prompt) if folder is not None else [Item(path, prompt or "") for path in files]
+    scores = run(
+        items,
+        encoder=encoder,
+        ot_map=ot_map,
+        transport=choose_transport("score", tau=tau, mass=mass, vanilla=vanilla),
+        json_file=json_file,
+        csv_file=csv_file,
+        device=device,
+        batch_size=batch_size,
+        leverage=MOST if with_leverage else 0,
+    )
     if scores.unreadable:
         raise typer.Exit(1)
 
@@ -96,8 +135,11 @@ def explain(
     output: Annotated[Path, typer.Option(help="The page to write, NAME.html; NAME.png is written beside it.")],
     encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
     vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
+    tau: Annotated[float | None, typer.Option(help="Transport that keeps weights this far; 1 is balanced.")] = None,
+    mass: Annotated[float | None, typer.Option(help="Transport of exactly this mass.")] = None,
     layer: Annotated[int | None, typer.Option(help="Fusion layer, from 1. Default: the last.")] = None,
     head: Annotated[int | None, typer.Option(help="Attention head, from 1. Default: the mean of all.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
 ) -> None:
     """Draw which patches each word was matched to, frame by frame.
 
@@ -111,10 +153,12 @@ def explain(
       pisces explain clip.mp4 "a red square moves left" --output why.html --layer 1 --head 2
     """
     from pisces.commands.explain import explain as run
+    from pisces.commands.inputs import choose_transport
 
     if not prompt.strip():
         raise ValueError("explain: PROMPT is empty, expected at least one word.")
-    page, _ = run(video, prompt, output, encoder=encoder, vanilla=vanilla, layer=layer, head=head)
+    transport = choose_transport("explain", tau=tau, mass=mass, vanilla=vanilla)
+    page, _ = run(video, prompt, output, encoder=encoder, transport=transport, layer=layer, head=head, device=device)
     typer.echo(f"Open {page}")
 
 
@@ -122,15 +166,19 @@ def leverage(
     folder: Annotated[Path, typer.Option(help="Folder or shards of captioned videos, such as sample writes.")],
     prompt: Annotated[str | None, typer.Option(help="Replaces the captions.")] = None,
     encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
-    most: Annotated[int, typer.Option(min=2, help="Most videos, evenly spread; all are held in memory.")] = 128,
+    most: Annotated[int, typer.Option(min=2, help="Most videos, evenly spread; all are held in memory.")] = MOST,
+    tau: Annotated[float | None, typer.Option(help="Transport that keeps weights this far; 1 is balanced.")] = None,
+    mass: Annotated[float | None, typer.Option(help="Transport of exactly this mass.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 16,
 ) -> None:
     """Say whether refining an encoder's attention can change its semantic reward at all.
 
     Compares how far partial transport, and uniform attention, move the log-odds of a match with their standard
     deviation over the videos. Take videos that match their prompts more and less, such as a generator's samples: real
-    ones all match, and their spread means little. A video that cannot be read is named and left out; the exit code is
-    then 1.
+    ones all match, and their spread means little. A video that cannot be read, or whose prompt has no word, is named
+    and left out; the exit code is then 1.
 
     Examples:
 
@@ -138,12 +186,21 @@ def leverage(
 
       pisces leverage --folder /tmp/samples
     """
+    from pisces.commands.inputs import choose_transport, folder_items
     from pisces.commands.leverage import leverage as run
-    from pisces.commands.score import folder_items
 
     if prompt is not None and not prompt.strip():
         raise ValueError("leverage: --prompt is empty, expected at least one word.")
-    _, unreadable = run(folder_items(folder, prompt), encoder=encoder, most=most, json_file=json_file)
+    transport = choose_transport("leverage", tau=tau, mass=mass)
+    _, unreadable = run(
+        folder_items(folder, prompt),
+        encoder=encoder,
+        most=most,
+        transport=transport,
+        json_file=json_file,
+        device=device,
+        batch_size=batch_size,
+    )
     if unreadable:
         raise typer.Exit(1)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pisces.bootstrap import Interval, difference_interval, mean_interval
-from pisces.commands.score import folder_items
+from pisces.commands.inputs import folder_items
 from pisces.config import resolve_path
 from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder
@@ -144,7 +144,7 @@ def _evaluate_folder(folder: Path, prompt: str | None, rewards: CompositeReward)
     items = folder_items(folder, prompt)
     found = Evaluated()
     judged: list[dict[str, float]] = []
-    for path, text in tqdm(items, desc=folder.name, unit="video", disable=None):
+    for path, text, _ in tqdm(items, desc=folder.name, unit="video", disable=None):
         try:
             frames = read_item(path)[None]
         except VideoReadError as error:

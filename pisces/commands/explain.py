@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pisces.commands.inputs import choose_device, refused_prompts, transport_name
 from pisces.commands.score import unknown_words
 from pisces.config import resolve_path
 from pisces.encoders import load_encoder, read_options
@@ -24,9 +26,10 @@ def explain(
     output: Path,
     *,
     encoder: str = "packaged",
-    vanilla: bool = False,
+    transport: Transport | None,
     layer: int | None = None,
     head: int | None = None,
+    device: str | None = None,
 ) -> tuple[Path, Path]:
     """Draw plan and attention of one video and its prompt.
 
@@ -35,25 +38,28 @@ def explain(
         prompt: the text.
         output: the .html to write; the picture in it is also written beside it, as .png.
         encoder: directory of an encoder with a match head, or "packaged".
-        vanilla: leave the cross-attention as it is, without partial transport.
+        transport: of the words to the video tokens; None leaves the cross-attention as it is.
         layer: fusion layer to draw, from 1; None is the last.
         head: attention head to draw, from 1; None is the mean of all.
+        device: of the encoder; None is the first GPU if there is one, else the CPU.
 
     Returns:
         The page and the picture.
 
     Raises:
         FileNotFoundError: no such encoder.
-        ValueError: the video cannot be read, the prompt has no word, the encoder has no match head, no such layer or
-            head, or `output` is no .html.
+        ValueError: the video cannot be read, the prompt has no word, the encoder has no match head, no such layer,
+            head or device, or `output` is no .html.
     """
     if output.suffix.lower() != ".html":
         raise ValueError(f"explain: --output is {str(output)!r}, expected a name that ends in .html.")
-    model = load_encoder(resolve_path(encoder))
+    place = choose_device(device, "explain")
+    model = load_encoder(resolve_path(encoder)).to(place)
     check_match_head(model, "explain")
+    for why in refused_prompts(model, [prompt]).values():
+        raise ValueError(f"explain: {why}")
     frames = read_video(video, **read_options(model))
-    transport = None if vanilla else Transport()
-    found = record(model, frames[None], [prompt], transport, per_head=head is not None)
+    found = _drawn(record(model, frames[None].to(place), [prompt], transport, per_head=head is not None))
     _, n_layers, n_heads, _, _ = found.attention.shape
     one_layer = _choose("layer", layer, n_layers, default=n_layers)
     one_head = _choose("head", head, n_heads, default=1)
@@ -68,7 +74,7 @@ def explain(
     blocks = [(f"{name}, {where}", grid) for name, grid in grids.items()]
     picture = heat_maps(output.with_suffix(".png"), _seen(frames, blocks[0][1].shape[1]), words, blocks)
 
-    about: list[Block] = [_matches(found, vanilla=vanilla)]
+    about: list[Block] = [_matches(found, transport)]
     note = unknown_words(model, [prompt])
     if note:
         about.append(Text(note))
@@ -82,12 +88,18 @@ def explain(
         f"Why {video.name} got its score",
         [
             ("Match", about),
-            ("Words", [_table(words, maps, grids, where)]),
+            ("Words", [_table(words, maps, grids, transport, where)]),
             ("Where each word was matched", [Text(reading), Image(picture, f"{prompt} ({where})")]),
         ],
         lead=f"{prompt}\n\nEncoder: {encoder}.",
     )
     return page, picture
+
+
+def _drawn(found: Explanation) -> Explanation:
+    """The same on the CPU."""
+    values = {field.name: getattr(found, field.name) for field in fields(found)}
+    return replace(found, **{name: value.cpu() for name, value in values.items() if isinstance(value, Tensor)})
 
 
 def _choose(what: str, number: int | None, n: int, *, default: int) -> int:
@@ -104,17 +116,19 @@ def _seen(frames: Tensor, n: int) -> Tensor:
     return frames[middle]
 
 
-def _matches(found: Explanation, *, vanilla: bool) -> Table:
+def _matches(found: Explanation, transport: Transport | None) -> Table:
     rows: list[list[str | float | None]] = [["attention as it is", float(found.match[0])]]
-    if not vanilla:
-        rows.append(["refined by partial transport", float(found.refined_match[0])])
+    if transport is not None:
+        rows.append([f"refined by partial transport, {transport_name(transport)}", float(found.refined_match[0])])
     return Table(["cross-attention", "match probability"], rows)
 
 
-def _table(words: list[str], maps: dict[str, Tensor], grids: dict[str, Tensor], where: str) -> Table:
+def _table(
+    words: list[str], maps: dict[str, Tensor], grids: dict[str, Tensor], transport: Transport | None, where: str
+) -> Table:
     frame = {name: grid.sum((-1, -2)).argmax(-1) + 1 for name, grid in grids.items()}
     attention, plan = maps["Attention"], maps.get("Transport plan")
-    if plan is None:
+    if plan is None or transport is None:
         header, note = ["word", "attention: frame"], "frame: the one with most of the attention."
         rows = [[word, str(int(frame["Attention"][i]))] for i, word in enumerate(words)]
         return Table(header, rows, f"{where}; {note}")
@@ -132,9 +146,15 @@ def _table(words: list[str], maps: dict[str, Tensor], grids: dict[str, Tensor], 
         ]
         for i, word in enumerate(words)
     ]
+    if transport.mass is not None:
+        limits = f"it cannot exceed 100 %, and all words together move {transport.mass:g}"
+    elif transport.tau < 1:
+        limits = "it can exceed 100 %: both marginals are kept softly"
+    else:
+        limits = "100 % but for the solver's tolerance: both marginals are kept"
     note = (
-        "mass: what the plan moves from the word, and its share of the word's weight 1 / words (it can exceed 100 %: "
-        "both marginals are kept softly); frame: the one with most of the plan or the attention; overlap: of the "
-        "plan's row and the attention's, 1 where they are the same."
+        f"mass: what the plan moves from the word, and its share of the word's weight 1 / words ({limits}); frame: the "
+        "one with most of the plan or the attention; overlap: of the plan's row and the attention's, 1 where they are "
+        "the same."
     )
     return Table(header, table, f"{where}; {note}")

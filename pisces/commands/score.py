@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,125 +15,212 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 from tqdm import tqdm
 
+from pisces.commands.inputs import Item, check_items, choose_device, transport_settings
+from pisces.commands.leverage import evenly, measured, print_leverage
 from pisces.config import resolve_path
-from pisces.data import VideoReadError, atomic_path, is_video_folder, open_videos
+from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder, read_options
 from pisces.ot_map import Alignment
-from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport
-from pisces.shards import Member, read_item
-from pisces.video import VIDEO_SUFFIXES
-
-BATCH_SIZE = 16
+from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, Transport
+from pisces.rewards.base import check_match_head
+from pisces.shards import read_item
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of those videos that could be read, and the reasons for the others.
+    """What became of every video.
 
     Attributes:
-        rows: dicts with file, prompt, quality (a cosine), semantic (log of the match probability) and match (the
-            probability).
-        unreadable: dicts with file and why.
+        items: the videos with their prompts.
+        settings: how they were scored.
+        found: by the number of the item, dicts with file, prompt and either quality (a cosine), semantic (log of the
+            match probability) and match (the probability), or why the video could not be scored. Without a match head
+            semantic and match are None.
     """
 
-    rows: list[dict[str, Any]]
-    unreadable: list[dict[str, str]]
+    items: Sequence[Item]
+    settings: dict[str, Any]
+    found: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def in_order(self) -> list[dict[str, Any]]:
+        """All that was found, in the order of the items."""
+        return [self.found[i] for i in sorted(self.found)]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rewards of those videos that could be scored."""
+        return [row for row in self.in_order if "why" not in row]
+
+    @property
+    def unreadable(self) -> list[dict[str, Any]]:
+        """The others, with the reasons."""
+        return [row for row in self.in_order if "why" in row]
+
+    def enter(self, i: int, **values: float | str | None) -> None:
+        """Enter what was found about an item."""
+        item = self.items[i]
+        if item.where and "why" in values:
+            values["why"] = f"{item.where}: {values['why']}"
+        self.found[i] = {"file": str(item.file), "prompt": item.prompt, **values}
 
 
 def score(
-    items: Sequence[tuple[Path | Member, str]],
+    items: Sequence[Item],
     *,
     encoder: str,
     ot_map: Path | None,
-    vanilla: bool,
+    transport: Transport | None,
     json_file: Path | None,
     csv_file: Path | None,
+    device: str | None,
+    batch_size: int,
+    leverage: int,
 ) -> Scores:
     """Score videos, print the table, write the files.
 
+    A video that cannot be read, or whose prompt the encoder refuses, is skipped with the reason. The files are replaced
+    as the batches end, so that a call that is stopped leaves what it has found. An encoder without a match head gives
+    the quality reward alone, which is said.
+
     Args:
-        items: (video file or member of a shard, prompt) pairs.
+        items: videos with prompts.
         encoder: directory of an encoder, or "packaged".
         ot_map: alignment file; None compares the embeddings as they are.
-        vanilla: leave the cross-attention as it is, without partial transport.
-        json_file: receives settings, scores and unreadable files.
-        csv_file: receives one line a video, unreadable ones with their reason.
+        transport: of the words to the video tokens; None leaves the cross-attention as it is.
+        json_file: receives settings, scores, unreadable videos, and how many are pending.
+        csv_file: receives one line a video in the order of the items, unreadable ones with their reason. `pair_items`
+            reads it: a relative name of a video is written relative to the file's folder.
+        device: of encoder and alignment; None is the first GPU if there is one, else the CPU.
+        batch_size: videos that are scored at a time.
+        leverage: most videos, evenly spread and held in memory, of which the leverage of attention is measured, too; 0
+            measures none.
 
     Returns:
         The scores.
 
     Raises:
         FileNotFoundError: no such encoder or alignment.
-        ValueError: the alignment is for another encoder, or a prompt is empty.
+        ValueError: the alignment is for another encoder, no prompt has a word, there is no such device, settings of the
+            transport or the leverage are asked of an encoder without a match head, or the leverage of one video.
     """
+    place = choose_device(device, "score")
     model = load_encoder(resolve_path(encoder))
-    transport = None if vanilla else Transport()
-    rewards = CompositeReward(
-        {
-            "quality": QualityReward(model, Alignment.load(ot_map) if ot_map else None),
-            "semantic": SemanticReward(model, transport=transport),
-        },
-        {"quality": 1.0, "semantic": 1.0},
+    matches = getattr(model, "has_match_head", True)
+    if leverage:
+        check_match_head(model, "score: --leverage")
+    if not matches and transport not in (None, Transport()):
+        check_match_head(model, "score: --tau and --mass are settings of the semantic reward")
+    parts: dict[str, Reward] = {"quality": QualityReward(model, Alignment.load(ot_map) if ot_map else None)}
+    if matches:
+        parts["semantic"] = SemanticReward(model, transport=transport)
+    rewards = CompositeReward(parts, dict.fromkeys(parts, 1.0)).to(place)
+    refused = check_items(model, items, "score")
+    readable = [i for i, item in enumerate(items) if item.prompt not in refused]
+    if leverage and len(readable) < 2:
+        raise ValueError("score: --leverage got one video, expected at least two for a standard deviation.")
+    settings: dict[str, Any] = {
+        "encoder": encoder,
+        "ot_map": str(ot_map) if ot_map else None,
+        "match_head": matches,
+        "partial_transport": matches and transport is not None,
+        "transport": transport_settings(transport if matches else None),
+        "device": str(place),
+        "leverage": None,
+    }
+    scores, files = Scores(items, settings), _Files(json_file, csv_file)
+    for i, item in enumerate(items):
+        if item.prompt in refused:
+            scores.enter(i, why=refused[item.prompt])
+    chosen = {readable[k] for k in evenly(len(readable), leverage)} if leverage else set()
+    kept: dict[int, Tensor] = {}
+    for frames, batch in _batches(scores, read_options(model), batch_size):
+        # copies: a view would hold the whole batch
+        kept |= {i: video.clone() for i, video in zip(batch, frames, strict=True) if i in chosen}
+        with torch.no_grad():
+            terms = rewards.terms(frames.to(place), [items[i].prompt for i in batch])
+        for k, i in enumerate(batch):
+            found: dict[str, float | None] = {"quality": terms["quality"][k].item(), "semantic": None, "match": None}
+            if matches:
+                found |= {"semantic": terms["semantic"][k].item(), "match": terms["semantic"][k].exp().item()}
+            scores.enter(i, **found)
+        files.write(scores)
+    files.write(scores, last=True)
+    if len(kept) > 1:
+        texts = [items[i].prompt for i in kept]
+        settings["leverage"] = measured(model, list(kept.values()), texts, transport or Transport(), place, batch_size)
+        files.write(scores, last=True)
+    _print(
+        scores,
+        note=unknown_words(model, [items[i].prompt for i in readable]),
+        packaged=encoder == "packaged",
+        what="scored" if refused else "read",
     )
-    scores = _score(rewards, items, read_options(model))
-    _print(scores, note=unknown_words(model, [prompt for _, prompt in items]), packaged=encoder == "packaged")
-    settings = {"encoder": encoder, "ot_map": str(ot_map) if ot_map else None, "partial_transport": not vanilla}
-    if json_file:
-        with atomic_path(json_file) as temporary:
-            content = {**settings, "scores": scores.rows, "unreadable": scores.unreadable}
-            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if csv_file:
-        with atomic_path(csv_file) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["file", "prompt", "quality", "semantic", "match", "why"])
-            writer.writeheader()
-            writer.writerows(scores.rows)
-            writer.writerows(scores.unreadable)
+    if settings["leverage"]:
+        print_leverage(settings["leverage"], transport or Transport())
+    elif leverage:
+        Console(stderr=True).print("pisces: fewer than two videos could be read: no leverage", style="red")
     return scores
 
 
-def folder_items(folder: Path, prompt: str | None) -> list[tuple[Path | Member, str]]:
-    """Videos of a folder or of shards with their captions, or all with one prompt.
-
-    Raises:
-        FileNotFoundError: no such folder or shard, or a caption is missing.
-        ValueError: no video, a bad caption file, or a damaged shard.
-    """
-    if prompt is None or not folder.is_dir() or not is_video_folder(folder):
-        videos = open_videos(folder)
-        return [(file, prompt or caption) for file, caption in zip(videos.files, videos.captions, strict=True)]
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-    if not files:
-        raise ValueError(f"score: {str(folder)!r} holds no video ({', '.join(VIDEO_SUFFIXES)}).")
-    return [(file, prompt) for file in files]
-
-
-@torch.no_grad()
-def _score(rewards: CompositeReward, items: Sequence[tuple[Path | Member, str]], how_to_read: dict[str, Any]) -> Scores:
-    scores = Scores([], [])
-    batch: list[tuple[Path | Member, str, torch.Tensor]] = []
-
-    def flush() -> None:
-        if batch:
-            terms = rewards.terms(torch.stack([frames for _, _, frames in batch]), [prompt for _, prompt, _ in batch])
-            for i, (file, prompt, _) in enumerate(batch):
-                quality, semantic = terms["quality"][i].item(), terms["semantic"][i].item()
-                match = terms["semantic"][i].exp().item()
-                row = {"file": str(file), "prompt": prompt, "quality": quality, "semantic": semantic, "match": match}
-                scores.rows.append(row)
-            batch.clear()
-
+def _batches(scores: Scores, how_to_read: dict[str, Any], batch_size: int) -> Iterator[tuple[Tensor, list[int]]]:
+    """Frames and numbers of the videos that can be read; of the others the reason is entered."""
+    numbers = [i for i in range(len(scores.items)) if i not in scores.found]
+    batch: dict[int, Tensor] = {}
     # disable=None: no bar where stderr is no terminal
-    for file, prompt in tqdm(items, desc="scoring", unit="video", disable=None if len(items) > BATCH_SIZE else True):
+    for i in tqdm(numbers, desc="scoring", unit="video", disable=None if len(numbers) > batch_size else True):
         try:
-            batch.append((file, prompt, read_item(file, **how_to_read)))
+            batch[i] = read_item(scores.items[i].file, **how_to_read)
         except VideoReadError as error:
-            scores.unreadable.append({"file": str(file), "why": error.why})
-        if len(batch) == BATCH_SIZE:
-            flush()
-    flush()
-    return scores
+            scores.enter(i, why=error.why)
+        if len(batch) == batch_size:
+            yield torch.stack(list(batch.values())), list(batch)
+            batch = {}
+    if batch:
+        yield torch.stack(list(batch.values())), list(batch)
+
+
+class _Files:
+    """The files of a call, replaced as a whole whenever something new is found."""
+
+    def __init__(self, json_file: Path | None, csv_file: Path | None) -> None:
+        self.json_file, self.csv_file = json_file, csv_file
+        self.ended, self.took = 0.0, 0.0
+
+    def write(self, scores: Scores, *, last: bool = False) -> None:
+        """Write everything. Files that take long are not written after every batch: a tenth of the time is theirs."""
+        begun = time.monotonic()
+        if self.took > 0.5 and begun - self.ended < 10 * self.took and not last:
+            return
+        if self.json_file:
+            pending = len(scores.items) - len(scores.found)
+            content = {**scores.settings, "scores": scores.rows, "unreadable": scores.unreadable, "pending": pending}
+            with atomic_path(self.json_file) as temporary:
+                temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self.csv_file:
+            _write_csv(self.csv_file, scores)
+        self.ended = time.monotonic()
+        self.took = self.ended - begun
+
+
+def _write_csv(path: Path, scores: Scores) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["file", "prompt", "quality", "semantic", "match", "why"])
+        writer.writeheader()
+        writer.writerows(row | {"file": _seen_from(path.parent, row["file"])} for row in scores.in_order)
+
+
+def _seen_from(folder: Path, file: str) -> str:
+    """The name of a video for a table in another folder; an absolute one stays as it is."""
+    if os.path.isabs(file):
+        return file
+    # both with links resolved: `..` behind a link leads elsewhere than its name says
+    return os.path.relpath(
+        os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file)), os.path.realpath(folder)
+    )
 
 
 def unknown_words(model: Any, prompts: Sequence[str]) -> str:
@@ -147,31 +236,33 @@ def unknown_words(model: Any, prompts: Sequence[str]) -> str:
     return f"{unknown} of {words} words are unknown to this encoder and look alike to it." if unknown else ""
 
 
-def _print(scores: Scores, *, note: str, packaged: bool) -> None:
-    console = Console()
+def _print(scores: Scores, *, note: str, packaged: bool, what: str) -> None:
+    console, matches = Console(), scores.settings["match_head"]
     if scores.rows:
         table = Table()
         table.add_column("video", overflow="fold")
         table.add_column("prompt", overflow="fold")
-        table.add_column("quality", justify="right", no_wrap=True)
-        table.add_column("semantic", justify="right", no_wrap=True)
-        table.add_column("match", justify="right", no_wrap=True)
+        formats = {"quality": "+.3f", "semantic": "+.3f", "match": ".3f"} if matches else {"quality": "+.3f"}
+        for key in formats:
+            table.add_column(key, justify="right", no_wrap=True)
         for row in scores.rows:
-            numbers = (f"{row['quality']:+.3f}", f"{row['semantic']:+.3f}", f"{row['match']:.3f}")
+            numbers = [format(row[key], how) for key, how in formats.items()]
             # Text: brackets of a name or a prompt are no markup
             table.add_row(Text(Path(row["file"]).name), Text(row["prompt"]), *numbers)
         if len(scores.rows) > 1:
-            means = [
-                sum(row[key] for row in scores.rows) / len(scores.rows) for key in ("quality", "semantic", "match")
-            ]
+            means = {key: sum(row[key] for row in scores.rows) / len(scores.rows) for key in formats}
             table.add_section()
-            table.add_row("mean", "", f"{means[0]:+.3f}", f"{means[1]:+.3f}", f"{means[2]:.3f}")
+            table.add_row("mean", "", *(format(means[key], how) for key, how in formats.items()))
         console.print(table)
-        console.print(
-            "quality: cosine of text and video embedding; semantic: log-probability that the text matches; "
-            "match: that probability.",
-            style="dim",
-        )
+        legend = "quality: cosine of text and video embedding"
+        if matches:
+            legend += "; semantic: log-probability that the text matches; match: that probability"
+        console.print(f"{legend}.", style="dim")
+        if not matches:
+            console.print(
+                "This encoder has no match head, which the semantic reward reads: semantic and match are left empty.",
+                style="yellow",
+            )
         if packaged:
             console.print(
                 "Encoder: the packaged small one. It knows 32-pixel videos of moving shapes and nothing else; "
@@ -184,5 +275,5 @@ def _print(scores: Scores, *, note: str, packaged: bool) -> None:
     for entry in scores.unreadable:
         errors.print(f"pisces: skipped {entry['file']}: {entry['why']}", style="red", markup=False, highlight=False)
     if scores.unreadable:
-        total = len(scores.rows) + len(scores.unreadable)
-        errors.print(f"pisces: {len(scores.unreadable)} of {total} videos could not be read", style="red")
+        counts = f"{len(scores.unreadable)} of {len(scores.found)} videos"
+        errors.print(f"pisces: {counts} could not be {what}", style="red")
