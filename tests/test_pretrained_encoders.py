@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_transformers import NAMES, save_tiny, tiny_model
 from torch import Tensor
 
@@ -263,5 +265,25 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         DualEncoder.from_pretrained(tmp_path / "nowhere")
     save_tiny("blip", tmp_path / "blip")
     BlipModel(tiny_model("blip").config).save_pretrained(tmp_path / "blip")
-    with pytest.raises(ValueError, match="expected a model for image-text retrieval"):
+    with pytest.raises(ValueError, match=r"\d+ missing: .*Expected a model for image-text retrieval"):
         BlipEncoder.from_pretrained(tmp_path / "blip")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_that_a_directory_lacks_are_named_and_not_made_up(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    gone = random.sample(sorted(state), 3)
+    save_file({key: value for key, value in state.items() if key not in gone}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(f"3 missing: {', '.join(sorted(gone))}. Expected")):
+        load_encoder(tmp_path)
+    odd = random.choice([key for key, value in state.items() if value.dim() > 0])
+    save_file(state | {odd: torch.zeros(2, 3, 5, 7)}, file, metadata={"format": "pt"})
+    shape = tuple(state[odd].shape)
+    with pytest.raises(ValueError, match=re.escape(f"{odd} has shape (2, 3, 5, 7), expected {shape}")):
+        load_encoder(tmp_path)
+    save_file(state | {"more.weight": torch.zeros(1)}, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"does not use\. 1 unexpected: more\.weight"):
+        loaded = load_encoder(tmp_path)
+    assert all(torch.equal(value, loaded.model.state_dict()[key]) for key, value in state.items())

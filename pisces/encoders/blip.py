@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pisces.encoders.attention import cross_attention
 from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, check_pairs, unit
-from pisces.encoders.pretrained import Pixels, Words, model_type, read_prompts
+from pisces.encoders.pretrained import Pixels, Words, load_model, model_type, read_prompts
 from pisces.tokens import TokenGrid
 
 KINDS = ("blip",)
@@ -155,19 +155,19 @@ class BlipEncoder(nn.Module):
 
         Raises:
             FileNotFoundError: no config.json there.
-            ValueError: another kind of model, or one without a match head.
+            ValueError: another kind of model, one without a match head, or tensors that are missing or have another
+                shape; they are named.
         """
         model_type(path, "BlipEncoder.from_pretrained", KINDS)
         from transformers import AutoImageProcessor, AutoTokenizer, BlipForImageTextRetrieval
 
-        model, report = BlipForImageTextRetrieval.from_pretrained(
-            path, local_files_only=True, dtype=dtype, output_loading_info=True
+        model = load_model(
+            BlipForImageTextRetrieval,
+            path,
+            "BlipEncoder.from_pretrained",
+            dtype=dtype,
+            wanted="a model for image-text retrieval such as blip-itm-base-coco",
         )
-        if report["missing_keys"]:
-            raise ValueError(
-                f"BlipEncoder.from_pretrained: {path} has no {sorted(report['missing_keys'])[:4]}, expected a model "
-                "for image-text retrieval. Use one such as blip-itm-base-coco."
-            )
         processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         pixels = Pixels.of(processor, model.config.vision_config.image_size)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, unit
-from pisces.encoders.pretrained import Pixels, model_type, read_prompts
+from pisces.encoders.pretrained import Pixels, load_model, model_type, read_prompts
 from pisces.tokens import TokenGrid
 
 KINDS = ("clip", "siglip", "siglip2", "xclip")
@@ -150,12 +150,14 @@ class DualEncoder(nn.Module):
 
         Raises:
             FileNotFoundError: no config.json there.
-            ValueError: another kind of model.
+            ValueError: another kind of model, or tensors that are missing or have another shape; they are named.
         """
         model_type(path, "DualEncoder.from_pretrained", KINDS)
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        model = AutoModel.from_pretrained(path, local_files_only=True, dtype=dtype)
+        model = load_model(
+            AutoModel, path, "DualEncoder.from_pretrained", dtype=dtype, wanted="a whole CLIP, SigLIP or X-CLIP"
+        )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         encoder = cls(model, tokenizer, n_frames=n_frames)
         processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)

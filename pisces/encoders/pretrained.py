@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pisces.encoders.base import check_prompts, resample
+from pisces.tensor_files import listed
 
 _MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
@@ -69,6 +71,58 @@ def model_type(path: str | Path, who: str, kinds: Sequence[str]) -> str:
     if kind not in kinds:
         raise ValueError(f"{who}: {file} has model_type {kind!r}, expected one of {list(kinds)}.")
     return kind
+
+
+def load_model(auto: Any, path: str | Path, who: str, *, dtype: torch.dtype, wanted: str) -> nn.Module:
+    """A model of transformers out of a local directory, every one of its tensors read from there.
+
+    transformers itself fills what a directory lacks with random numbers.
+
+    Args:
+        auto: the class whose `from_pretrained` reads it.
+        path: directory.
+        who: name for the messages.
+        dtype: of the parameters.
+        wanted: what kind of model is expected, for the message.
+
+    Raises:
+        ValueError: tensors are missing or have another shape than the configuration says; the message names them.
+    """
+    with _silent():  # its report of the same tensors is a table of hundreds of lines
+        model, report = auto.from_pretrained(
+            path, local_files_only=True, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    found = listed(
+        {
+            "missing": sorted(report["missing_keys"]),
+            "of another shape": [
+                f"{name} has shape {tuple(got)}, expected {tuple(want)}"
+                for name, got, want in sorted(report["mismatched_keys"])
+            ],
+        }
+    )
+    if found:
+        raise ValueError(
+            f"{who}: the weights in {path} do not fit its config.json. {found}. Expected {wanted}: download the whole "
+            "directory again."
+        )
+    if report["unexpected_keys"]:
+        extra = listed({"unexpected": sorted(report["unexpected_keys"])})
+        warnings.warn(f"{who}: {path} holds tensors that the model does not use. {extra}.", stacklevel=3)
+    return model
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep the log of transformers to its errors."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @dataclass(frozen=True)

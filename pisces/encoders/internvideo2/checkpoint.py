@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from pisces.tensor_files import listed
+
 UNUSED = (
     "vision_encoder.clip_decoder.",  # heads of the distillation
     "vision_encoder.final_clip_decoder.",
@@ -26,7 +28,6 @@ WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
 
 _POSITIONS = "vision_encoder.pos_embed"
 _PICTURE_POSITIONS = "vision_encoder.img_pos_embed"
-_SHOWN = 8  # names in a message
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -114,19 +115,16 @@ def fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], n_frames: int
         if name in used and used[name].shape != value.shape
     ]
     wrong += other_size
-    problems = {
-        "missing": [name for name in wanted if name not in used],
-        "unexpected": [name for name in used if name not in wanted],
-        "of another shape": wrong,
-    }
-    found = [
-        f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
-        for what, names in problems.items()
-        if names
-    ]
+    found = listed(
+        {
+            "missing": [name for name in wanted if name not in used],
+            "unexpected": [name for name in used if name not in wanted],
+            "of another shape": wrong,
+        }
+    )
     if found:
         raise ValueError(
-            f"InternVideo2: the checkpoint does not fit. {'; '.join(found)}. Use a stage-2 checkpoint of the sizes in "
-            "the configuration."
+            f"InternVideo2: the checkpoint does not fit. {found}. Use a stage-2 checkpoint of the sizes in the "
+            "configuration."
         )
     return used
