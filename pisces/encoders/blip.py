@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pisces.encoders.attention import cross_attention
 from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, check_pairs, unit
-from pisces.encoders.pretrained import Pixels, Words, load_model, model_type, read_prompts
+from pisces.encoders.pretrained import Pixels, Words, load_model, load_pixels, load_tokenizer, model_type, read_prompts
 from pisces.tokens import TokenGrid
 
 KINDS = ("blip",)
@@ -154,23 +154,18 @@ class BlipEncoder(nn.Module):
             dtype: of the parameters.
 
         Raises:
-            FileNotFoundError: no config.json there.
-            ValueError: another kind of model, one without a match head, or tensors that are missing or have another
-                shape; they are named.
+            FileNotFoundError: a file is missing there.
+            ValueError: another kind of model, one without a match head, a damaged file, or tensors that are missing or
+                have another shape; they are named.
         """
-        model_type(path, "BlipEncoder.from_pretrained", KINDS)
-        from transformers import AutoImageProcessor, AutoTokenizer, BlipForImageTextRetrieval
+        who = "BlipEncoder.from_pretrained"
+        model_type(path, who, KINDS)
+        from transformers import BlipForImageTextRetrieval
 
-        model = load_model(
-            BlipForImageTextRetrieval,
-            path,
-            "BlipEncoder.from_pretrained",
-            dtype=dtype,
-            wanted="a model for image-text retrieval such as blip-itm-base-coco",
-        )
-        processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        pixels = Pixels.of(processor, model.config.vision_config.image_size)
+        wanted = "a model for image-text retrieval such as blip-itm-base-coco"
+        model = load_model(BlipForImageTextRetrieval, path, who, dtype=dtype, wanted=wanted)
+        tokenizer = load_tokenizer(path, who)
+        pixels = load_pixels(path, model.config.vision_config.image_size, who)
         return cls(model, tokenizer, pixels=pixels, n_frames=n_frames).eval()
 
 
