@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_transformers import NAMES, save_tiny, tiny_model
 from torch import Tensor
 
-from pisces.encoders import BlipEncoder, DualEncoder, load_encoder
+from pisces.encoders import AttentionRefiner, BlipEncoder, DualEncoder, load_encoder
 from pisces.encoders.pretrained import Pixels
 from pisces.ot_map import Alignment
 from pisces.ot_map.embeddings import _encoder_digest
@@ -215,6 +215,26 @@ def test_the_hook_sees_every_layer_of_blip_once_with_one_frame_a_row(tmp_path: P
     assert (refined - encoder.match(text, video)).abs().max() > 1e-5
     with pytest.raises(ValueError, match="2 texts and 3 videos"):
         encoder.match(encoder.encode_text(prompts[:2]), video)
+
+
+@pytest.mark.parametrize("hook", [None, TransportRefiner(Transport(max_iters=3000, tol=1e-11))])
+def test_the_match_of_blip_is_the_mean_of_its_frames_and_each_is_a_video_of_its_own(
+    hook: AttentionRefiner | None, tmp_path: Path
+) -> None:
+    encoder = encoder_of("blip", tmp_path)
+    frames, prompts = torch.rand(3, 8, 3, 16, 16, dtype=torch.float64), some_prompts(3)
+    text = encoder.encode_text(prompts)
+    each = encoder.match_frames(text, encoder.encode_video(frames), refine=hook)
+    assert each.shape == (3, 8)
+    assert (each.std(1) > 1e-4).all()
+    torch.testing.assert_close(encoder.match(text, encoder.encode_video(frames), refine=hook), each.mean(1), **DOUBLE)
+    one = BlipEncoder(encoder.model, encoder.tokenizer, pixels=encoder.pixels, n_frames=1)
+    for t in range(8):
+        alone = one.encode_video(frames[:, t : t + 1])
+        torch.testing.assert_close(one.match_frames(text, alone, refine=hook)[:, 0], each[:, t], rtol=0, atol=1e-7)
+        torch.testing.assert_close(one.match(text, alone, refine=hook), each[:, t], rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="3 texts and 1 videos"):
+        encoder.match_frames(text, encoder.encode_video(frames[:1]))
 
 
 def test_the_semantic_reward_runs_on_blip(tmp_path: Path) -> None:

@@ -110,7 +110,25 @@ class BlipEncoder(nn.Module):
         )
 
     def match(self, text: TextFeatures, video: VideoFeatures, *, refine: AttentionRefiner | None = None) -> Tensor:
-        """Log-odds that each text describes its video, averaged over the frames.
+        """Log-odds that each text describes its video: the mean of `match_frames` over the frames.
+
+        Args:
+            text: B encoded prompts.
+            video: B encoded videos.
+            refine: see `match_frames`.
+
+        Returns:
+            [B] log-odds of a match; float32 at least.
+
+        Raises:
+            ValueError: different batch sizes.
+        """
+        return self.match_frames(text, video, refine=refine).mean(1)
+
+    def match_frames(
+        self, text: TextFeatures, video: VideoFeatures, *, refine: AttentionRefiner | None = None
+    ) -> Tensor:
+        """Log-odds that each text describes each frame of its video; their least, `.amin(1)`, is the worst frame's.
 
         Args:
             text: B encoded prompts.
@@ -119,7 +137,7 @@ class BlipEncoder(nn.Module):
                 connects words with one frame, as the cross-attention does. None leaves the attention as it is.
 
         Returns:
-            [B] log-odds of a match; float32 at least.
+            [B, n_frames] log-odds of a match, in the order of the frames; float32 at least.
 
         Raises:
             ValueError: different batch sizes.
@@ -142,7 +160,7 @@ class BlipEncoder(nn.Module):
             x = layer.feed_forward_chunk(cross.output(context, x))
         wide, head = torch.promote_types(x.dtype, torch.float32), self.model.itm_head
         logits = F.linear(x[:, 0].to(wide), head.weight.to(wide), head.bias.to(wide))
-        return (logits[:, 1] - logits[:, 0]).unflatten(0, (-1, n_frames)).mean(1)
+        return (logits[:, 1] - logits[:, 0]).unflatten(0, (-1, n_frames))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, n_frames: int = 8, dtype: torch.dtype = torch.float32) -> BlipEncoder:
