@@ -7,6 +7,7 @@ from pathlib import Path
 from pisces.encoders import blip, dual
 from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, VideoTextEncoder, resample
 from pisces.encoders.blip import BlipEncoder
+from pisces.encoders.contract import check_encoder
 from pisces.encoders.dual import DualEncoder
 from pisces.encoders.internvideo2 import InternVideo2, InternVideo2Config
 from pisces.encoders.pretrained import model_type
@@ -23,6 +24,7 @@ __all__ = [
     "TinyEncoderConfig",
     "VideoFeatures",
     "VideoTextEncoder",
+    "check_encoder",
     "load_encoder",
     "resample",
 ]
