@@ -239,6 +239,7 @@ def parse(size: str) -> tuple[int, int]:
 
 def measure(size: str) -> dict[str, Record]:
     """All methods of one size."""
+    torch.compiler.reset()  # its shapes are those of this size: it would give up after a few
     call = make_call(*parse(size))
     found = errors(call)
     table: dict[str, Record] = {name: {"error": error} for name, error in found.items()}

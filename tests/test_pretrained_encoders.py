@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_transformers import NAMES, save_tiny, tiny_model
 from torch import Tensor
 
-from pisces.encoders import BlipEncoder, DualEncoder, load_encoder
+from pisces.encoders import AttentionRefiner, BlipEncoder, DualEncoder, load_encoder
 from pisces.encoders.pretrained import Pixels
 from pisces.ot_map import Alignment
 from pisces.ot_map.embeddings import _encoder_digest
@@ -215,6 +217,26 @@ def test_the_hook_sees_every_layer_of_blip_once_with_one_frame_a_row(tmp_path: P
         encoder.match(encoder.encode_text(prompts[:2]), video)
 
 
+@pytest.mark.parametrize("hook", [None, TransportRefiner(Transport(max_iters=3000, tol=1e-11))])
+def test_the_match_of_blip_is_the_mean_of_its_frames_and_each_is_a_video_of_its_own(
+    hook: AttentionRefiner | None, tmp_path: Path
+) -> None:
+    encoder = encoder_of("blip", tmp_path)
+    frames, prompts = torch.rand(3, 8, 3, 16, 16, dtype=torch.float64), some_prompts(3)
+    text = encoder.encode_text(prompts)
+    each = encoder.match_frames(text, encoder.encode_video(frames), refine=hook)
+    assert each.shape == (3, 8)
+    assert (each.std(1) > 1e-4).all()
+    torch.testing.assert_close(encoder.match(text, encoder.encode_video(frames), refine=hook), each.mean(1), **DOUBLE)
+    one = BlipEncoder(encoder.model, encoder.tokenizer, pixels=encoder.pixels, n_frames=1)
+    for t in range(8):
+        alone = one.encode_video(frames[:, t : t + 1])
+        torch.testing.assert_close(one.match_frames(text, alone, refine=hook)[:, 0], each[:, t], rtol=0, atol=1e-7)
+        torch.testing.assert_close(one.match(text, alone, refine=hook), each[:, t], rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="3 texts and 1 videos"):
+        encoder.match_frames(text, encoder.encode_video(frames[:1]))
+
+
 def test_the_semantic_reward_runs_on_blip(tmp_path: Path) -> None:
     reward = SemanticReward(encoder_of("blip", tmp_path), transport=Transport())
     frames, prompts = torch.rand(3, 5, 3, 20, 20, dtype=torch.float64, requires_grad=True), some_prompts(3)
@@ -263,5 +285,25 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         DualEncoder.from_pretrained(tmp_path / "nowhere")
     save_tiny("blip", tmp_path / "blip")
     BlipModel(tiny_model("blip").config).save_pretrained(tmp_path / "blip")
-    with pytest.raises(ValueError, match="expected a model for image-text retrieval"):
+    with pytest.raises(ValueError, match=r"\d+ missing: .*Expected a model for image-text retrieval"):
         BlipEncoder.from_pretrained(tmp_path / "blip")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_that_a_directory_lacks_are_named_and_not_made_up(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    gone = random.sample(sorted(state), 3)
+    save_file({key: value for key, value in state.items() if key not in gone}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(f"3 missing: {', '.join(sorted(gone))}. Expected")):
+        load_encoder(tmp_path)
+    odd = random.choice([key for key, value in state.items() if value.dim() > 0])
+    save_file(state | {odd: torch.zeros(2, 3, 5, 7)}, file, metadata={"format": "pt"})
+    shape = tuple(state[odd].shape)
+    with pytest.raises(ValueError, match=re.escape(f"{odd} has shape (2, 3, 5, 7), expected {shape}")):
+        load_encoder(tmp_path)
+    save_file(state | {"more.weight": torch.zeros(1)}, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"does not use\. 1 unexpected: more\.weight"):
+        loaded = load_encoder(tmp_path)
+    assert all(torch.equal(value, loaded.model.state_dict()[key]) for key, value in state.items())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pisces.encoders import blip, dual
 from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, VideoTextEncoder, read_options, resample
 from pisces.encoders.blip import BlipEncoder
+from pisces.encoders.contract import check_encoder
 from pisces.encoders.dual import DualEncoder
 from pisces.encoders.internvideo2 import InternVideo2, InternVideo2Config
+from pisces.encoders.pretrained import model_type
 from pisces.encoders.tiny import TinyEncoder, TinyEncoderConfig
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "TinyEncoderConfig",
     "VideoFeatures",
     "VideoTextEncoder",
+    "check_encoder",
     "load_encoder",
     "read_options",
     "resample",
@@ -55,7 +57,8 @@ def load_encoder(path: str | Path) -> Encoder:
 
     Raises:
         FileNotFoundError: no such directory, or a file is missing in it.
-        ValueError: a model_type that this version does not know, or contents that do not fit.
+        ValueError: a model_type that this version does not know, a damaged file, or contents that do not fit; the
+            message names the file.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
@@ -65,8 +68,4 @@ def load_encoder(path: str | Path) -> Encoder:
             f"load_encoder: {path} has no config.json, expected an encoder directory. "
             "The packaged one is at pisces.world.checkpoint_path('encoder')."
         )
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in _KINDS:
-        raise ValueError(f"load_encoder: {path}/config.json has model_type {kind!r}, expected one of {sorted(_KINDS)}.")
-    return _KINDS[kind].from_pretrained(path)
+    return _KINDS[model_type(path, "load_encoder", sorted(_KINDS))].from_pretrained(path)

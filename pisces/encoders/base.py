@@ -58,6 +58,8 @@ class VideoTextEncoder(Protocol):
     reward only. `token_texts(prompts)` is optional: the texts of each prompt's lexical tokens in their order, a list of
     lists. Only `pisces.rewards.explain` asks for it.
 
+    `check_encoder` tries out whether an encoder keeps all of this; docs/encoders.md has a whole one.
+
     Attributes:
         n_frames: frames that the video tower looks at.
         size: height and width in pixels that it looks at.

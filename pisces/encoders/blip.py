@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pisces.encoders.attention import cross_attention
 from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, check_pairs, unit
-from pisces.encoders.pretrained import Pixels, Words, model_type, read_prompts
+from pisces.encoders.pretrained import Pixels, Words, load_model, load_pixels, load_tokenizer, model_type, read_prompts
 from pisces.tokens import TokenGrid
 
 KINDS = ("blip",)
@@ -51,10 +51,15 @@ class BlipEncoder(nn.Module):
         super().__init__()
         vision = model.config.vision_config
         self.model, self.tokenizer, self.pixels = model, tokenizer, pixels or Pixels(vision.image_size)
-        self.n_frames, self.size, self.interpolation = n_frames, self.pixels.size, self.pixels.mode
+        self.n_frames, self.size = n_frames, self.pixels.size
         self.embed_dim = model.config.image_text_hidden_size
         side = vision.image_size // vision.patch_size
         self.frame = TokenGrid(1, side, side, cls=True)
+
+    @property
+    def interpolation(self) -> str:
+        """How videos are brought to `size`: as the image processor does it."""
+        return self.pixels.mode
 
     def encode_video(self, frames: Tensor) -> VideoFeatures:
         """Encode videos of any length and size.
@@ -110,7 +115,25 @@ class BlipEncoder(nn.Module):
         )
 
     def match(self, text: TextFeatures, video: VideoFeatures, *, refine: AttentionRefiner | None = None) -> Tensor:
-        """Log-odds that each text describes its video, averaged over the frames.
+        """Log-odds that each text describes its video: the mean of `match_frames` over the frames.
+
+        Args:
+            text: B encoded prompts.
+            video: B encoded videos.
+            refine: see `match_frames`.
+
+        Returns:
+            [B] log-odds of a match; float32 at least.
+
+        Raises:
+            ValueError: different batch sizes.
+        """
+        return self.match_frames(text, video, refine=refine).mean(1)
+
+    def match_frames(
+        self, text: TextFeatures, video: VideoFeatures, *, refine: AttentionRefiner | None = None
+    ) -> Tensor:
+        """Log-odds that each text describes each frame of its video; their least, `.amin(1)`, is the worst frame's.
 
         Args:
             text: B encoded prompts.
@@ -119,7 +142,7 @@ class BlipEncoder(nn.Module):
                 connects words with one frame, as the cross-attention does. None leaves the attention as it is.
 
         Returns:
-            [B] log-odds of a match; float32 at least.
+            [B, n_frames] log-odds of a match, in the order of the frames; float32 at least.
 
         Raises:
             ValueError: different batch sizes.
@@ -142,7 +165,7 @@ class BlipEncoder(nn.Module):
             x = layer.feed_forward_chunk(cross.output(context, x))
         wide, head = torch.promote_types(x.dtype, torch.float32), self.model.itm_head
         logits = F.linear(x[:, 0].to(wide), head.weight.to(wide), head.bias.to(wide))
-        return (logits[:, 1] - logits[:, 0]).unflatten(0, (-1, n_frames)).mean(1)
+        return (logits[:, 1] - logits[:, 0]).unflatten(0, (-1, n_frames))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, n_frames: int = 8, dtype: torch.dtype = torch.float32) -> BlipEncoder:
@@ -154,23 +177,18 @@ class BlipEncoder(nn.Module):
             dtype: of the parameters.
 
         Raises:
-            FileNotFoundError: no config.json there.
-            ValueError: another kind of model, or one without a match head.
+            FileNotFoundError: a file is missing there.
+            ValueError: another kind of model, one without a match head, a damaged file, or tensors that are missing or
+                have another shape; they are named.
         """
-        model_type(path, "BlipEncoder.from_pretrained", KINDS)
-        from transformers import AutoImageProcessor, AutoTokenizer, BlipForImageTextRetrieval
+        who = "BlipEncoder.from_pretrained"
+        model_type(path, who, KINDS)
+        from transformers import BlipForImageTextRetrieval
 
-        model, report = BlipForImageTextRetrieval.from_pretrained(
-            path, local_files_only=True, dtype=dtype, output_loading_info=True
-        )
-        if report["missing_keys"]:
-            raise ValueError(
-                f"BlipEncoder.from_pretrained: {path} has no {sorted(report['missing_keys'])[:4]}, expected a model "
-                "for image-text retrieval. Use one such as blip-itm-base-coco."
-            )
-        processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        pixels = Pixels.of(processor, model.config.vision_config.image_size)
+        wanted = "a model for image-text retrieval such as blip-itm-base-coco"
+        model = load_model(BlipForImageTextRetrieval, path, who, dtype=dtype, wanted=wanted)
+        tokenizer = load_tokenizer(path, who)
+        pixels = load_pixels(path, model.config.vision_config.image_size, who)
         return cls(model, tokenizer, pixels=pixels, n_frames=n_frames).eval()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, unit
-from pisces.encoders.pretrained import Pixels, model_type, read_prompts
+from pisces.encoders.pretrained import Pixels, load_model, load_pixels, load_tokenizer, model_type, read_prompts
 from pisces.tokens import TokenGrid
 
 KINDS = ("clip", "siglip", "siglip2", "xclip")
@@ -66,8 +66,12 @@ class DualEncoder(nn.Module):
             size = vision.image_size
         self.model, self.tokenizer, self.pixels = model, tokenizer, pixels or Pixels(size)
         self.n_frames, self.size = own or n_frames or 8, self.pixels.size
-        self.interpolation = self.pixels.mode
         self.embed_dim = text.projection_size if self.kind.startswith("siglip") else model.config.projection_dim
+
+    @property
+    def interpolation(self) -> str:
+        """How videos are brought to `size`: as the image processor does it."""
+        return self.pixels.mode
 
     def encode_video(self, frames: Tensor) -> VideoFeatures:
         """Encode videos of any length and size.
@@ -150,15 +154,15 @@ class DualEncoder(nn.Module):
             dtype: of the parameters.
 
         Raises:
-            FileNotFoundError: no config.json there.
-            ValueError: another kind of model.
+            FileNotFoundError: a file is missing there.
+            ValueError: another kind of model, a damaged file, or tensors that are missing or have another shape; they
+                are named.
         """
-        model_type(path, "DualEncoder.from_pretrained", KINDS)
-        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+        who = "DualEncoder.from_pretrained"
+        model_type(path, who, KINDS)
+        from transformers import AutoModel
 
-        model = AutoModel.from_pretrained(path, local_files_only=True, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        encoder = cls(model, tokenizer, n_frames=n_frames)
-        processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        encoder.pixels = Pixels.of(processor, encoder.size)
+        model = load_model(AutoModel, path, who, dtype=dtype, wanted="a whole CLIP, SigLIP or X-CLIP")
+        encoder = cls(model, load_tokenizer(path, who), n_frames=n_frames)
+        encoder.pixels = load_pixels(path, encoder.size, who)
         return encoder.eval()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pisces.encoders.base import check_prompts, resample
+from pisces.tensor_files import listed, read_settings, read_tensors
+
+T = TypeVar("T")
 
 _MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
@@ -58,17 +61,147 @@ def model_type(path: str | Path, who: str, kinds: Sequence[str]) -> str:
 
     Raises:
         FileNotFoundError: there is none. Nothing is looked up anywhere else.
-        ValueError: it is none of `kinds`.
+        ValueError: it is none of `kinds`, or the file is damaged.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
             f"{who}: {path} has no config.json, expected a directory of transformers. Download one and pass its path."
         )
-    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    if kind not in kinds:
+    kind = read_settings(file, who).get("model_type")
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"{who}: {file} has model_type {kind!r}, expected one of {list(kinds)}.")
     return kind
+
+
+def load_model(auto: Any, path: str | Path, who: str, *, dtype: torch.dtype, wanted: str) -> nn.Module:
+    """A model of transformers out of a local directory, every one of its tensors read from there.
+
+    transformers itself fills what a directory lacks with random numbers.
+
+    Args:
+        auto: the class whose `from_pretrained` reads it.
+        path: directory.
+        who: name for the messages.
+        dtype: of the parameters.
+        wanted: what kind of model is expected, for the message.
+
+    Raises:
+        FileNotFoundError: no file of weights.
+        ValueError: a damaged file, or tensors are missing or have another shape than the configuration says; the
+            message names them.
+    """
+
+    def load() -> tuple[nn.Module, dict[str, Any]]:
+        return auto.from_pretrained(
+            path, local_files_only=True, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+
+    model, report = _read(load, path, who, "weights", ("*.safetensors", "*.bin", "*.index.json"), ("config.json",))
+    found = listed(
+        {
+            "missing": sorted(report["missing_keys"]),
+            "of another shape": [
+                f"{name} has shape {tuple(got)}, expected {tuple(want)}"
+                for name, got, want in sorted(report["mismatched_keys"])
+            ],
+        }
+    )
+    if found:
+        raise ValueError(
+            f"{who}: the weights in {path} do not fit its config.json. {found}. Expected {wanted}: download the whole "
+            "directory again."
+        )
+    if report["unexpected_keys"]:
+        extra = listed({"unexpected": sorted(report["unexpected_keys"])})
+        warnings.warn(f"{who}: {path} holds tensors that the model does not use. {extra}.", stacklevel=3)
+    return model
+
+
+def load_tokenizer(path: str | Path, who: str) -> Any:
+    """The tokenizer of a local directory of transformers.
+
+    Raises:
+        FileNotFoundError: none of its files is there. transformers would make one that knows no word.
+        ValueError: a damaged file.
+    """
+    from transformers import AutoTokenizer
+
+    def load() -> Any:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+    files = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
+    tokenizer = _read(load, path, who, "tokenizer", files, ("tokenizer_config.json",))
+    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if not any((Path(path) / name).is_file() for name in names):
+        raise FileNotFoundError(
+            f"{who}: {path} has no tokenizer, expected one of {sorted(names)}. Download the whole directory."
+        )
+    return tokenizer
+
+
+def load_pixels(path: str | Path, size: int, who: str) -> Pixels:
+    """What the image processor of a local directory of transformers makes of pixels.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: a damaged file.
+    """
+    from transformers import AutoImageProcessor
+
+    def load() -> Pixels:
+        return Pixels.of(AutoImageProcessor.from_pretrained(path, local_files_only=True), size)
+
+    return _read(load, path, who, "image processor", ("preprocessor_config.json", "processor_config.json"))
+
+
+def _read(
+    load: Callable[[], T], path: str | Path, who: str, what: str, own: Sequence[str], beside: Sequence[str] = ()
+) -> T:
+    """What `load` reads of a directory; where it cannot, the file that is to blame is named.
+
+    Args:
+        load: a call into transformers.
+        path: directory.
+        who: name for the messages.
+        what: what is read, for the messages.
+        own: patterns of the files that hold it.
+        beside: files that are read along with them.
+    """
+    try:
+        with _silent():  # its report of tensors that do not fit is a table of hundreds of lines
+            return load()
+    except (ImportError, MemoryError):  # a package or memory is missing, and no file is to blame
+        raise
+    except Exception as error:  # what transformers raises depends on the class, the file and the version
+        files = [file for pattern in (*own, *beside) for file in sorted(Path(path).glob(pattern))]
+        for file in files:
+            if file.suffix == ".json":
+                read_settings(file, who)
+            elif file.suffix in (".safetensors", ".bin"):
+                read_tensors(file, who)
+        if not [file for file in files if file.name not in beside]:
+            raise FileNotFoundError(
+                f"{who}: {path} has no {what}, expected {' or '.join(own)}. Download the whole directory."
+            ) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(
+            f"{who}: transformers cannot read the {what} in {path} ({reason}), expected "
+            f"{', '.join(file.name for file in files)} that were saved together. Download the whole directory again."
+        ) from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep the log of transformers to its errors."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @dataclass(frozen=True)

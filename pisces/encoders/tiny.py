@@ -11,12 +11,12 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +28,7 @@ from pisces.encoders.base import (
     check_prompts,
     resample,
 )
+from pisces.tensor_files import check_fit, read_settings, read_tensors
 from pisces.tokens import TokenGrid
 
 PAD, UNK, SEP = "[pad]", "[unk]", "[sep]"
@@ -69,6 +70,11 @@ class TinyEncoderConfig:
             raise ValueError(f"TinyEncoderConfig: vocabulary starts with {self.vocabulary[:3]}, expected {SPECIALS}.")
         if len(set(self.vocabulary)) != len(self.vocabulary):
             raise ValueError("TinyEncoderConfig: vocabulary has a word twice, expected distinct words.")
+        for name, value in vars(self).items():
+            if name not in ("vocabulary", "temperature") and (type(value) is not int or value < 1):
+                raise ValueError(f"TinyEncoderConfig: {name} is {value!r}, expected an integer of at least 1.")
+        if type(self.temperature) not in (int, float) or not self.temperature > 0:
+            raise ValueError(f"TinyEncoderConfig: temperature is {self.temperature!r}, expected a positive number.")
         if self.n_frames < 3 or self.n_frames % 2 == 0:
             raise ValueError(f"TinyEncoderConfig: n_frames is {self.n_frames}, expected 3, 5, 7, ...")
         if self.size < _STEM_STRIDE or self.size % _STEM_STRIDE:
@@ -312,7 +318,8 @@ class TinyEncoder(nn.Module):
 
         Raises:
             FileNotFoundError: config.json or model.safetensors is missing.
-            ValueError: config.json describes another kind of encoder.
+            ValueError: config.json describes another kind of encoder or none, a file is damaged, or the weights are not
+                those of the configuration.
         """
         directory = Path(directory)
         for name in ("config.json", "model.safetensors"):
@@ -321,15 +328,28 @@ class TinyEncoder(nn.Module):
                     f"TinyEncoder.from_pretrained: {directory} has no {name}, expected a directory written by "
                     "save_pretrained."
                 )
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        kind = config.pop("model_type", None)
-        if kind != "tiny_encoder":
-            raise ValueError(
-                f"TinyEncoder.from_pretrained: {directory}/config.json has model_type {kind!r}, "
-                "expected 'tiny_encoder'. Use load_encoder."
-            )
-        config["vocabulary"] = tuple(config["vocabulary"])
-        encoder = cls(TinyEncoderConfig(**config))
-        state = {name: value.float() for name, value in load_file(directory / "model.safetensors").items()}
-        encoder.load_state_dict(state)
+        encoder = cls(_read_config(directory / "config.json"))
+        state = read_tensors(directory / "model.safetensors", "TinyEncoder.from_pretrained")
+        check_fit(state, encoder.state_dict(), f"TinyEncoder.from_pretrained: {directory}/model.safetensors")
+        encoder.load_state_dict({name: value.float() for name, value in state.items()})
         return encoder.eval()
+
+
+def _read_config(file: Path) -> TinyEncoderConfig:
+    """The config.json of a directory, every entry checked."""
+    who = "TinyEncoder.from_pretrained"
+    settings = read_settings(file, who)
+    kind = settings.pop("model_type", None)
+    if kind != "tiny_encoder":
+        raise ValueError(f"{who}: {file} has model_type {kind!r}, expected 'tiny_encoder'. Use load_encoder.")
+    known = [field.name for field in fields(TinyEncoderConfig)]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ValueError(f"{who}: {file} has the unknown {unknown}, expected some of {known}. Remove them.")
+    words = settings.pop("vocabulary", None)
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{who}: {file} has no vocabulary, expected a list of words. Copy that of the training.")
+    try:
+        return TinyEncoderConfig(vocabulary=tuple(words), **settings)
+    except ValueError as error:
+        raise ValueError(f"{who}: {file} does not fit. {error}") from error

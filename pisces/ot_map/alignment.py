@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pisces.ot_map.network import NeuralOTMap
+from pisces.tensor_files import read_safetensors, read_tensors
 from pisces.video import atomic_path
 
 Kind = Literal["none", "mean_shift", "center", "affine", "procrustes", "ridge", "barycentric", "ot", "center_ot"]
@@ -195,16 +195,14 @@ class Alignment(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: neither kind of file.
+            ValueError: neither kind of file, or a damaged one.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"Alignment.load: there is no file {path}. Fit one with fit_alignment.")
         if path.suffix != ".safetensors":
             return cls._load_authors(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        state, metadata = read_safetensors(path, "Alignment.load")
         if metadata.get("format") != _FORMAT:
             raise ValueError(
                 f"Alignment.load: {path} has format {metadata.get('format')!r}, expected {_FORMAT!r}. "
@@ -221,17 +219,7 @@ class Alignment(nn.Module):
 
     @classmethod
     def _load_authors(cls, path: Path) -> Alignment:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"Alignment.load: {path} is no torch file of tensors: {error}") from error
-        if isinstance(state, Mapping) and isinstance(state.get("T"), Mapping):
-            state = state["T"]
-        named = isinstance(state, Mapping) and all(isinstance(k, str) for k in state)
-        if not named or not all(isinstance(v, Tensor) for v in state.values()):
-            raise ValueError(
-                f"Alignment.load: {path} holds a {type(state).__name__} of other things, expected named tensors."
-            )
+        state = read_tensors(path, "Alignment.load", under="T")
         # as DistributedDataParallel names them
         state = {k.removeprefix("module."): v.float() for k, v in state.items()}
         network = NeuralOTMap.from_state_dict(state, source=str(path))

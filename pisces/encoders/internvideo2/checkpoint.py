@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+
+from pisces.tensor_files import listed, read_tensors
 
 UNUSED = (
     "vision_encoder.clip_decoder.",  # heads of the distillation
@@ -26,7 +26,6 @@ WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
 
 _POSITIONS = "vision_encoder.pos_embed"
 _PICTURE_POSITIONS = "vision_encoder.img_pos_embed"
-_SHOWN = 8  # names in a message
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -38,22 +37,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: something else than tensors in it.
+        ValueError: a damaged file, or something else than tensors in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"InternVideo2: no file {path}, expected a checkpoint such as InternVideo2-stage2_1b-224p-f4.pt."
-        )
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    # mapped, gigabytes are read once and not copied; older files are no archives and cannot be
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    if isinstance(state, dict) and isinstance(state.get("module"), dict):
-        state = state["module"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"InternVideo2: {path} holds something else than named tensors, expected them under 'module'.")
-    return state
+    return read_tensors(path, "InternVideo2", under="module")
 
 
 def interpolate_positions(positions: Tensor, n_frames: int, patches: int) -> Tensor:
@@ -114,19 +100,16 @@ def fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], n_frames: int
         if name in used and used[name].shape != value.shape
     ]
     wrong += other_size
-    problems = {
-        "missing": [name for name in wanted if name not in used],
-        "unexpected": [name for name in used if name not in wanted],
-        "of another shape": wrong,
-    }
-    found = [
-        f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
-        for what, names in problems.items()
-        if names
-    ]
+    found = listed(
+        {
+            "missing": [name for name in wanted if name not in used],
+            "unexpected": [name for name in used if name not in wanted],
+            "of another shape": wrong,
+        }
+    )
     if found:
         raise ValueError(
-            f"InternVideo2: the checkpoint does not fit. {'; '.join(found)}. Use a stage-2 checkpoint of the sizes in "
-            "the configuration."
+            f"InternVideo2: the checkpoint does not fit. {found}. Use a stage-2 checkpoint of the sizes in the "
+            "configuration."
         )
     return used

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pisces.encoders.internvideo2.config import InternVideo2Config
 from pisces.encoders.internvideo2.text import Bert
 from pisces.encoders.internvideo2.vision import VisionEncoder
 from pisces.encoders.internvideo2.wordpiece import WordPieces
+from pisces.tensor_files import read_settings
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -216,7 +216,8 @@ class InternVideo2(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: several files of weights, an unknown setting, or what `from_checkpoint` refuses.
+            ValueError: several files of weights, a damaged file, an unknown setting, or what `from_checkpoint`
+                refuses.
         """
         directory = Path(directory)
         who = "InternVideo2.from_pretrained"
@@ -229,17 +230,18 @@ class InternVideo2(nn.Module):
             raise FileNotFoundError(f"{who}: {directory} has no weights, expected one file ending in {WEIGHTS}.")
         if len(weights) > 1:
             raise ValueError(f"{who}: {directory} has {[p.name for p in weights]}, expected one file of weights.")
-        settings = {}
-        if (directory / "config.json").is_file():
-            settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        settings = read_settings(directory / "config.json", who) if (directory / "config.json").is_file() else {}
         if settings.pop("model_type", "internvideo2") != "internvideo2":
             raise ValueError(f"{who}: {directory}/config.json is of another model. Use load_encoder.")
         dtype = settings.pop("dtype", "float32")
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise ValueError(f"{who}: dtype is {dtype!r} in {directory}/config.json, expected one of {list(_DTYPES)}.")
         known = vars(InternVideo2Config())
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ValueError(f"{who}: {directory}/config.json has {unknown}, expected some of {sorted(known)}.")
-        config = InternVideo2Config(**settings)
+        try:
+            config = InternVideo2Config(**settings)
+        except ValueError as error:
+            raise ValueError(f"{who}: {directory}/config.json does not fit. {error}") from error
         return cls.from_checkpoint(weights[0], directory / "vocab.txt", config=config, dtype=_DTYPES[dtype])

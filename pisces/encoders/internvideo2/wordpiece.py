@@ -13,6 +13,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from pisces.encoders.base import check_prompts
+from pisces.tensor_files import read_text
 
 PAD, UNK, CLS, SEP = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
@@ -39,6 +40,7 @@ class WordPieces:
     """
 
     def __init__(self, vocabulary: str | Path | Sequence[str]) -> None:
+        source = vocabulary if isinstance(vocabulary, str | Path) else "the vocabulary"
         if isinstance(vocabulary, str | Path):
             path = Path(vocabulary)
             if not path.is_file():
@@ -46,12 +48,12 @@ class WordPieces:
                     f"WordPieces: no file {path}, expected the vocab.txt of bert-large-uncased. Copy it there."
                 )
             # not splitlines: pieces may be characters that Unicode calls line ends
-            vocabulary = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            vocabulary = read_text(path, "WordPieces").removesuffix("\n").split("\n")
         index = {piece: i for i, piece in enumerate(vocabulary)}
         missing = [name for name in SPECIALS if name not in index]
         if missing:
             raise ValueError(
-                f"WordPieces: the vocabulary of {len(index)} pieces has no {missing}, expected those of "
+                f"WordPieces: {source} of {len(index)} pieces has no {missing}, expected those of "
                 "bert-large-uncased. Use its vocab.txt."
             )
         self.size = len(vocabulary)
