@@ -306,7 +306,7 @@ def test_a_lora_or_an_encoder_of_another_kind_is_named(wan: Path, shapes: Path, 
     assert result.exit_code == 2
     assert "holds no LoRA" in result.stderr
     (tmp_path / "config.json").write_text("[1]")
-    refused(run("score", "--folder", shapes, "--encoder", tmp_path), "model_type")
+    refused(run("score", "--folder", shapes, "--encoder", tmp_path), "config.json", "a JSON list")
     assert not (tmp_path / "x").exists()
 
 
