@@ -29,6 +29,7 @@ from pisces.ot_map import (
     Kind,
     Objective,
     alignment_metrics,
+    encoder_facts,
     fit_alignment,
     paper_settings,
 )
@@ -188,17 +189,17 @@ def _embeddings(
         with tqdm(total=-(-n_videos // processes.count), desc="embedding", unit="video", disable=None) as bar:
             if folder is None:
                 found = embed(opened, model, range(len(opened)), progress=bar.update, **how)
+                source: dict[str, Any] = encoder_facts(model)
             else:
                 extract(folder, opened, model, processes=processes, progress=bar.update, **how)
-    source: dict[str, Any] = {}
     if folder is not None:
         if not processes.is_main:
-            return Embeddings(torch.empty(0), torch.empty(0), []), source
+            return Embeddings(torch.empty(0), torch.empty(0), []), {}
         if processes.count > 1:
             wait_for_shards(folder)
         found, listing = read_embeddings(folder)
         n_videos = listing["n_videos"]
-        source = {name: listing[name] for name in ("encoder", "encoder_sha256")}
+        source = {name: value for name, value in listing.items() if name.startswith("encoder")}
     errors = Console(stderr=True, soft_wrap=True)
     for name, why in found.unreadable:
         errors.print(f"pisces: skipped {name}: {why}", markup=False, highlight=False)

@@ -67,6 +67,9 @@ class Alignment(nn.Module):
         network: T; needed by ot and center_ot.
         info: JSON-ready facts about the fit, kept with the file.
 
+    Attributes:
+        file: the file that it was loaded from; None for one that was made in this process.
+
     Raises:
         ValueError: unknown kind, or a part that the kind needs is missing or does not fit.
 
@@ -101,6 +104,7 @@ class Alignment(nn.Module):
         super().__init__()
         self.kind: Kind = check_kind(kind, "Alignment")
         self.info: dict[str, Any] = dict(info or {})
+        self.file: Path | None = None
         tensors = {
             "text_mean": text_mean,
             "video_mean": video_mean,
@@ -200,8 +204,12 @@ class Alignment(nn.Module):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"Alignment.load: there is no file {path}. Fit one with fit_alignment.")
-        if path.suffix != ".safetensors":
-            return cls._load_authors(path)
+        alignment = cls._load_own(path) if path.suffix == ".safetensors" else cls._load_authors(path)
+        alignment.file = path
+        return alignment
+
+    @classmethod
+    def _load_own(cls, path: Path) -> Alignment:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
