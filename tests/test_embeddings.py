@@ -219,6 +219,23 @@ def test_an_alignment_is_fitted_from_embeddings_alone(folder: Path, tmp_path: Pa
     assert "data:image/png;base64" in page.read_text()
 
 
+def test_one_single_caption_is_reported(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "videos")
+    rows = [json.loads(line) for line in (tmp_path / "videos" / "metadata.jsonl").read_text().splitlines()]
+    alike = "".join(json.dumps({**row, "text": "a red square"}) + "\n" for row in rows)
+    (tmp_path / "videos" / "metadata.jsonl").write_text(alike)
+    base = ("fit-ot-map", "--videos", tmp_path / "videos", "--device", "cpu", "--output", tmp_path / "map.safetensors")
+    result = run(*base, "--compare", "--kind", "mean_shift")
+    assert result.exit_code == 0, result.output
+    assert "all captions are the same" in result.stdout
+    line = next(line for line in result.stdout.splitlines() if "mean_shift" in line)
+    assert line.split().count("nan") == 2
+    assert "affine" not in result.stdout
+    refused = run(*base, "--kind", "affine")
+    assert refused.exit_code == 2
+    assert "same embedding" in refused.stderr
+
+
 def test_a_training_is_chosen_resumed_and_the_papers(folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "embeddings"
     base = ("fit-ot-map", "--embeddings", place, "--device", "cpu", "--output", tmp_path / "map.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from pisces.ot_map import (
     ridge,
 )
 from pisces.ot_map.barycentric import entropic_map
+from pisces.ot_map.linear import shrunk_covariance
 from pisces.ot_map.neural import MapSettings, train_map
 from pisces.state import CheckpointError, list_checkpoints
 
@@ -55,7 +57,7 @@ def spread(n: int, dim: int) -> Tensor:
 
 def test_affine_ot_is_the_map_between_gaussians(seed: int) -> None:
     text, video = spread(60, 7), spread(80, 7)
-    matrix, offset = affine_ot(text, video)
+    matrix, offset = affine_ot(text, video, shrinkage=0)
     covariances = [torch.cov(z.T) for z in (text, video)]
     torch.testing.assert_close(matrix.T @ covariances[0] @ matrix, covariances[1], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close((text @ matrix + offset).mean(0), video.mean(0), rtol=1e-9, atol=1e-9)
@@ -71,13 +73,66 @@ def test_affine_ot_is_the_map_between_gaussians(seed: int) -> None:
     assert float((torch.linalg.inv(factors[0]).T @ factors[1].T - matrix).norm()) > 0.1
 
 
-def test_affine_ot_of_few_texts_is_finite_and_carries_what_there_is(seed: int) -> None:
-    text, video = spread(5, 9), spread(40, 9)
-    matrix, offset = affine_ot(text, video)
-    assert torch.isfinite(matrix).all()
-    torch.testing.assert_close((text @ matrix + offset).mean(0), video.mean(0))
-    with pytest.raises(ValueError, match="same embedding"):
-        affine_ot(torch.ones(4, 3), video[:, :3])
+def test_a_shrunk_covariance_is_ledoit_and_wolfs(seed: int) -> None:
+    """Against their formula point by point; between S and a multiple of the identity, nearer to S the more points."""
+    x = spread(12, 5)
+    z = (x - x.mean(0)).numpy()
+    plain = z.T @ z / len(z)
+    level = plain.trace() / 5 * np.eye(5)
+    noise = sum(((np.outer(row, row) - plain) ** 2).sum() for row in z) / len(z) ** 2
+    share = min(noise / ((plain - level) ** 2).sum(), 1)
+    unbiased = len(z) / (len(z) - 1)
+    np.testing.assert_allclose(shrunk_covariance(x), unbiased * ((1 - share) * plain + share * level), rtol=1e-9)
+    torch.testing.assert_close(shrunk_covariance(x, 0), x.T.cov())
+    torch.testing.assert_close(shrunk_covariance(7 * x), 49 * shrunk_covariance(x))
+    few = spread(3, 8)
+    assert torch.linalg.eigvalsh(few.T.cov()).min() < 1e-12
+    assert torch.linalg.eigvalsh(shrunk_covariance(few)).min() > 0
+    for pair in (few[:2], torch.stack([few[0], few[1], few[0]])):  # of two points the estimate is no noise at all
+        assert torch.linalg.eigvalsh(shrunk_covariance(pair)).min() > 0
+
+
+def test_affine_ot_of_few_texts_is_no_worse_than_a_shift(seed: int) -> None:
+    """Fewer texts than dimensions: a warning, and a map near the shift where the unshrunk one is mostly noise."""
+    dim, n = 32, 24
+    shared = normal(1000, dim) * torch.linspace(0.5, 1.5, dim)
+    text, video = (F.normalize(z, dim=-1) for z in (shared + normal(dim), shared + 0.3 * normal(1000, dim) + 2))
+    held = (text[n:], video[n:])
+
+    def cosine(matrix: Tensor, offset: Tensor) -> float:
+        return float(F.cosine_similarity(held[0] @ matrix + offset, held[1]).mean())
+
+    with pytest.warns(UserWarning, match="24 texts cannot determine a covariance of 32 dimensions"):
+        shrunk = cosine(*affine_ot(text[:n], video[:n]))
+    with pytest.warns(UserWarning, match="cannot determine"):
+        noisy = cosine(*affine_ot(text[:n], video[:n], shrinkage=1e-6))
+    shift = cosine(torch.eye(dim).double(), video[:n].mean(0) - text[:n].mean(0))
+    assert shrunk > shift - 0.01
+    assert 1 - noisy > 2 * (1 - shrunk)
+    with pytest.warns(UserWarning, match="32 videos cannot determine"):
+        affine_ot(text, video[:32])
+    with (
+        pytest.raises(ValueError, match=r"24 texts is singular.*Use shrinkage=None"),
+        pytest.warns(UserWarning, match="cannot determine"),
+    ):
+        affine_ot(text[:n], video, shrinkage=0)
+    for same in (torch.ones(4, 3), 1 + 1e-9 * normal(40, 3)):
+        for fit in (affine_ot, procrustes, ridge):
+            with pytest.raises(ValueError, match="same embedding"):
+                fit(same, video[: len(same), :3])
+
+
+def test_affine_ot_of_many_texts_is_hardly_shrunk(seed: int) -> None:
+    text, video = spread(20_000, 7), spread(20_000, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (plain, _), (shrunk, offset) = affine_ot(text, video, shrinkage=0), affine_ot(text, video)
+    assert float((shrunk - plain).norm() / plain.norm()) < 0.02
+    torch.testing.assert_close((text @ shrunk + offset).mean(0), video.mean(0), rtol=1e-9, atol=1e-9)
+    # whatever the shrinkage: the shrunk covariance goes exactly onto the shrunk one
+    few, others = spread(20, 7), spread(30, 7)
+    matrix, _ = affine_ot(few, others)
+    torch.testing.assert_close(matrix @ shrunk_covariance(few) @ matrix, shrunk_covariance(others))
 
 
 def test_procrustes_is_scipys(seed: int) -> None:

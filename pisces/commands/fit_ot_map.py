@@ -22,6 +22,7 @@ from pisces.data import open_videos
 from pisces.encoders import load_encoder
 from pisces.ot_map import (
     KINDS,
+    LINEAR,
     NEURAL,
     OBJECTIVES,
     Alignment,
@@ -132,6 +133,8 @@ def fit_ot_map(
     alignment.save(output)  # before anything else that could fail
     # Beside the map stands what costs nothing: no alignment, and centring alone.
     kinds: list[Kind] = [kind for kind in KINDS if kind not in NEURAL] if compare else ["none", "center"]
+    if len(set(found.captions)) == 1:  # nothing to fit a matrix to; the metrics say so
+        kinds = [kind for kind in kinds if kind not in LINEAR]
     compared: dict[Kind, Alignment] = {
         kind: fit_alignment(text[train], video[train], kind=kind, seed=options.seed)
         for kind in kinds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pisces.ot_map.alignment import KINDS, NEURAL, PAIRED, Alignment, Kind
+from pisces.ot_map.alignment import KINDS, LINEAR, NEURAL, PAIRED, Alignment, Kind
 from pisces.ot_map.encoder_digest import check_encoder, encoder_facts
 from pisces.ot_map.fit import HeldOut, fit_alignment, paper_settings
 from pisces.ot_map.linear import affine_ot, procrustes, ridge
@@ -12,6 +12,7 @@ from pisces.ot_map.neural import OBJECTIVES, FitInterrupted, Objective
 
 __all__ = [
     "KINDS",
+    "LINEAR",
     "NEURAL",
     "OBJECTIVES",
     "PAIRED",

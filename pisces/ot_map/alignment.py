@@ -20,14 +20,15 @@ Kind = Literal["none", "mean_shift", "center", "affine", "procrustes", "ridge", 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NEURAL: tuple[Kind, ...] = ("ot", "center_ot")
 PAIRED: tuple[Kind, ...] = ("procrustes", "ridge")  # they need to know which text belongs to which video
-_MEANS, _LINEAR = ("text_mean", "video_mean"), ("matrix", "offset")
+LINEAR: tuple[Kind, ...] = ("affine", "procrustes", "ridge")  # a matrix and an offset
+_MEANS, _MATRIX = ("text_mean", "video_mean"), ("matrix", "offset")
 _PARTS: dict[Kind, tuple[str, ...]] = {
     "none": (),
     "mean_shift": _MEANS,
     "center": _MEANS,
-    "affine": _LINEAR,
-    "procrustes": _LINEAR,
-    "ridge": _LINEAR,
+    "affine": _MATRIX,
+    "procrustes": _MATRIX,
+    "ridge": _MATRIX,
     "barycentric": ("anchors", "potential", "epsilon"),
     "ot": ("network",),
     "center_ot": (*_MEANS, "network"),
