@@ -222,8 +222,8 @@ def fit_ot_map(
     """Fit the map that carries text embeddings onto the distribution of real-video embeddings.
 
     The folder holds metadata.jsonl with one {"file_name": ..., "text": ...} a line, or name.txt beside each name.mp4.
-    Unreadable videos are named and left out. The printed metrics are those of the held-out share; a warning says when
-    the map makes the reward worse than no map.
+    Unreadable videos and captions without a word are named and left out. The printed metrics are those of the held-out
+    share; a warning says when the map makes the reward worse than no map.
 
     With --embeddings a stopped call goes on where it was, and torchrun's processes divide the videos among themselves;
     one of them fits. With --checkpoints SIGTERM or Ctrl-C saves the training, and the same command goes on from it,

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from pisces.cli import app
 from pisces.data import VideoFolder, VideoShards
 from pisces.encoders import TinyEncoder
+from pisces.encoders.base import refused_prompts
 from pisces.ot_map import Alignment, embeddings
 from pisces.ot_map.embeddings import embed, extract, read_embeddings
 from pisces.processes import Processes
@@ -172,6 +173,43 @@ def test_embeddings_of_something_else_are_refused(
         read_embeddings(tmp_path)
 
 
+def test_a_caption_without_a_word_costs_its_pair_only(
+    videos: VideoFolder, model: TinyEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = embed(videos, model, range(N))
+    videos.captions[12], videos.captions[BROKEN] = "!!!", "..."
+    read = VideoFolder.__getitem__
+    asked: list[int] = []
+    monkeypatch.setattr(VideoFolder, "__getitem__", lambda self, i: (asked.append(i), read(self, i))[1])
+    extract(tmp_path, videos, model, shard_pairs=8)
+    assert sorted(asked) == [i for i in range(N) if i not in (BROKEN, 12)]
+    found, _ = read_embeddings(tmp_path)
+    kept = torch.tensor([i for i in range(N - 1) if i != 11])  # number 9 was left out before, so that 12 was row 11
+    torch.testing.assert_close(found.text, whole.text[kept], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.video, whole.video[kept], rtol=1e-4, atol=1e-5)
+    assert [name for name, _ in found.unreadable] == [str(videos.files[i]) for i in (BROKEN, 12)]
+    assert "the prompt is '!!!', expected at least one word" in found.unreadable[1][1]
+
+
+def test_prompts_are_refused_one_by_one_only_if_the_batch_is(
+    model: TinyEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    encode = TinyEncoder.encode_text
+    monkeypatch.setattr(TinyEncoder, "encode_text", lambda self, p: (calls.append(list(p)), encode(self, p))[1])
+    assert refused_prompts(model, ["a red square", "a dog"]) == {}
+    assert calls == [["a red square", "a dog"]]
+    assert list(refused_prompts(model, ["a dog", "!!!", "a cat", " "])) == [1, 3]
+    assert refused_prompts(model, []) == {}
+
+    def no_tokenizer(self: TinyEncoder, prompts: list[str]) -> None:
+        raise ValueError("no tokenizer")
+
+    monkeypatch.setattr(TinyEncoder, "encode_text", no_tokenizer)
+    with pytest.raises(ValueError, match="no tokenizer"):  # else every pair would be left out
+        refused_prompts(model, ["a red square", "!!!"])
+
+
 def test_shards_of_videos_have_embeddings_too(model: TinyEncoder, folder: Path, tmp_path: Path) -> None:
     import tarfile
 
@@ -217,6 +255,24 @@ def test_an_alignment_is_fitted_from_embeddings_alone(folder: Path, tmp_path: Pa
         assert f"<td>{kind}</td>" in page.read_text()
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "data:image/png;base64" in page.read_text()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_fit_names_captions_without_a_word(folder: Path, tmp_path: Path, kept: bool) -> None:
+    shutil.copytree(folder, tmp_path / "videos")
+    lines = (tmp_path / "videos" / "metadata.jsonl").read_text().splitlines()
+    lines[3] = json.dumps({**json.loads(lines[3]), "text": "!!!"})
+    (tmp_path / "videos" / "metadata.jsonl").write_text("\n".join(lines))
+    rest = ("--embeddings", tmp_path / "embeddings") if kept else ()
+    output = tmp_path / "map.safetensors"
+    base = ("fit-ot-map", "--videos", tmp_path / "videos", "--kind", "center", "--device", "cpu", "--output", output)
+    result = run(*base, *rest)
+    assert result.exit_code == 0, result.output
+    assert (
+        f"skipped {tmp_path / 'videos' / json.loads(lines[3])['file_name']}: TinyEncoder.encode_text" in result.stderr
+    )
+    assert f"2 of {N} videos could not be read or have a caption without a word" in result.stderr
+    assert "fitted on 16 videos, measured on 4 others" in result.stdout
 
 
 def test_one_single_caption_is_reported(folder: Path, tmp_path: Path) -> None:

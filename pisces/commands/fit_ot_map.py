@@ -207,9 +207,10 @@ def _embeddings(
     for name, why in found.unreadable:
         errors.print(f"pisces: skipped {name}: {why}", markup=False, highlight=False)
     if found.unreadable:
-        errors.print(f"pisces: {len(found.unreadable)} of {n_videos} videos could not be read")
+        left_out = f"{len(found.unreadable)} of {n_videos} videos could not be read or have a caption without a word"
+        errors.print(f"pisces: {left_out}")
     if not len(found):
-        raise ValueError(f"fit-ot-map: none of the {n_videos} videos in {str(videos or folder)!r} could be read.")
+        raise ValueError(f"fit-ot-map: none of the {n_videos} videos in {str(videos or folder)!r} could be used.")
     return found, source
 
 

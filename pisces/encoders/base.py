@@ -193,3 +193,46 @@ def check_prompts(prompts: Sequence[str], who: str) -> list[str]:
         if not prompt.strip():
             raise ValueError(f"{who}: prompts[{i}] is empty, expected at least one word. Remove or fill it.")
     return prompts
+
+
+def refused_prompts(encoder: VideoTextEncoder, prompts: Sequence[str]) -> dict[int, str]:
+    """Which prompts an encoder refuses, and why: one caption without a word is no reason to lose a whole batch.
+
+    All are encoded at once; only where that raises is each tried alone.
+
+    Args:
+        encoder: whose `encode_text` raises a ValueError for a prompt without a word.
+        prompts: any number.
+
+    Returns:
+        Index -> reason, of the refused ones; empty if there are none.
+
+    Raises:
+        ValueError: what the encoder raises, if that is not about single prompts: it refuses any, or none of them alone.
+
+    Example:
+        >>> from pisces.encoders import load_encoder
+        >>> from pisces.world import checkpoint_path
+        >>> list(refused_prompts(load_encoder(checkpoint_path("encoder")), ["a red square", "!!!"]))
+        [1]
+    """
+    error = _refusal(encoder, prompts)
+    if error is None:
+        return {}
+    found = {i: _refusal(encoder, [prompt]) for i, prompt in enumerate(prompts)}
+    # alone a prompt has the number 0, which would mislead
+    reasons = {i: str(why).replace("prompts[0]", "the prompt") for i, why in found.items() if why is not None}
+    if not reasons or _refusal(encoder, ["a video"]) is not None:
+        raise error
+    return reasons
+
+
+@torch.no_grad()
+def _refusal(encoder: VideoTextEncoder, prompts: Sequence[str]) -> ValueError | None:
+    """What the encoder raises for these prompts, if it does."""
+    try:
+        if prompts:
+            encoder.encode_text(prompts)
+    except ValueError as error:
+        return error
+    return None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pisces.data import VideoFolder, VideoReadError, VideoShards, atomic_path
 from pisces.encoders import VideoTextEncoder
+from pisces.encoders.base import refused_prompts
 from pisces.ot_map.encoder_digest import ROUNDED, encoder_facts
 from pisces.processes import Processes
 
@@ -39,7 +40,8 @@ class Embeddings:
         text: [n, E] L2-normalised.
         video: [n, E] L2-normalised.
         captions: n captions.
-        unreadable: (video, reason) of those that could not be read and are left out.
+        unreadable: (video, reason) of those that are left out: they could not be read, or the encoder refuses their
+            caption.
     """
 
     text: Tensor
@@ -71,7 +73,7 @@ def embed(
     device: torch.device | str = "cpu",
     progress: Progress = lambda n: None,
 ) -> Embeddings:
-    """Embed some of the videos with their captions; those that cannot be read are left out and listed.
+    """Embed some of the videos with their captions; what cannot be read or has no word is left out and listed.
 
     Args:
         videos: opened with the `n_frames` and `size` of the encoder.
@@ -85,7 +87,7 @@ def embed(
         The embeddings, on the CPU.
 
     Raises:
-        ValueError: a batch of nothing.
+        ValueError: a batch of nothing, or an encoder that refuses every caption, such as one without a tokenizer.
     """
     texts = [torch.empty(0, model.embed_dim)]
     embedded = [torch.empty(0, model.embed_dim)]
@@ -98,7 +100,11 @@ def embed(
         batch = items[start : start + batch_size]
         frames: list[Tensor] = []
         words: list[str] = []
-        for i in batch:
+        refused = refused_prompts(model, [videos.captions[i] for i in batch])  # before videos are read in vain
+        for k, i in enumerate(batch):
+            if k in refused:
+                unreadable.append((str(videos.files[i]), refused[k]))
+                continue
             try:
                 clip, caption = videos[i]
             except VideoReadError as error:
@@ -128,9 +134,9 @@ def extract(
     """Fill a folder with the embeddings of captioned videos; shards that are there are skipped.
 
     The folder holds embeddings.json, which says of which encoder and videos they are, and for every 1,024 videos
-    SHARD.safetensors with `text`, `video` and, in its header, captions and unreadable videos. A shard is written whole
-    or not at all; a damaged one is logged and made again. What a shard holds depends on its videos only, neither on
-    interruptions nor on the number of processes.
+    SHARD.safetensors with `text`, `video` and, in its header, captions and videos that were left out. A shard is
+    written whole or not at all; a damaged one is logged and made again. What a shard holds depends on its videos only,
+    neither on interruptions nor on the number of processes.
 
     Args:
         folder: made if missing.
