@@ -218,6 +218,9 @@ def fit_ot_map(
     ] = 0.2,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
     embed_batch: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 32,
+    patience: Annotated[
+        float, typer.Option(min=0, help="Hours without a new shard after which other processes are taken for dead.")
+    ] = 6,
 ) -> None:
     """Fit the map that carries text embeddings onto the distribution of real-video embeddings.
 
@@ -266,6 +269,7 @@ def fit_ot_map(
         report=report,
         device=device,
         embed_batch=embed_batch,
+        patience=3600 * patience,
     )
 
 

@@ -6,7 +6,11 @@ import json
 import logging
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ from pisces.data import VideoFolder, VideoShards
 from pisces.encoders import TinyEncoder
 from pisces.encoders.base import refused_prompts
 from pisces.ot_map import Alignment, embeddings
-from pisces.ot_map.embeddings import embed, extract, read_embeddings
+from pisces.ot_map.embeddings import embed, extract, read_embeddings, wait_for_shards
 from pisces.processes import Processes
 from pisces.world.dataset import write_dataset
 
@@ -121,6 +125,75 @@ def test_a_resumed_or_divided_extraction_is_the_same(
     extract(tmp_path / "resumed", videos, model, shard_pairs=8)
     assert asked == list(range(8, N))  # what was there is not read again
     assert bytes_of(tmp_path / "resumed") == bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "divided")
+
+
+def test_two_processes_fill_one_folder(folder: Path, videos: VideoFolder, model: TinyEncoder, tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    script, running = Path(__file__).with_name("embedded_together.py"), []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parents[1])]),
+            "WORLD_SIZE": "2",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }
+        command = [sys.executable, str(script), str(folder), str(tmp_path / "two")]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(command, env=environment, **pipes))
+    try:
+        said = [process.communicate(timeout=200) for process in running]
+    finally:
+        for process in running:  # one that fails leaves the other waiting
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], said
+    assert said[0][0].split() == ["2", str(N - 1)]
+    extract(tmp_path / "one", videos, model, shard_pairs=4)
+    one, two = bytes_of(tmp_path / "one"), bytes_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    # two processes may round otherwise than this one with its threads
+    for mine, theirs in zip(*(read_embeddings(tmp_path / name) for name in ("one", "two")), strict=True):
+        if isinstance(mine, dict):
+            assert mine == theirs
+            continue
+        torch.testing.assert_close((mine.text, mine.video), (theirs.text, theirs.video), rtol=1e-4, atol=1e-5)
+        assert (mine.captions, mine.unreadable) == (theirs.captions, theirs.unreadable)
+
+
+def test_waiting_ends_when_a_peer_fails_or_nothing_moves(
+    videos: VideoFolder, model: TinyEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(tmp_path, videos, model, shard_pairs=8, processes=Share(0, 2))  # shards 0 and 2
+    with pytest.raises(ValueError, match=r"lacks 1 of 3 shards, the first 000001.* none was written for 0.1 seconds"):
+        wait_for_shards(tmp_path, patience=0.1, seconds=0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyEncoder, "encode_video", lambda *_: (_ for _ in ()).throw(MemoryError("too large")))
+        with pytest.raises(MemoryError):
+            extract(tmp_path, videos, model, shard_pairs=8, processes=Share(1, 2))
+    with pytest.raises(ValueError, match=r"process 1 failed \(MemoryError: too large\).*Call again"):
+        wait_for_shards(tmp_path)
+    extract(tmp_path, videos, model, shard_pairs=8, processes=Share(0, 2))
+    assert not list(tmp_path.glob("*.failed"))
+    # time counts from the last shard: each comes sooner than patience ends, all together do not
+    (tmp_path / "000002.safetensors").unlink()
+    clock = iter(range(1000))
+    monkeypatch.setattr(embeddings.time, "monotonic", lambda: float(next(clock)))
+    looks = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        if looks in (4, 8):
+            shutil.copy(tmp_path / "000000.safetensors", tmp_path / f"00000{looks // 4}.safetensors")
+
+    monkeypatch.setattr(embeddings.time, "sleep", sleep)
+    wait_for_shards(tmp_path, patience=7)
+    assert looks == 8
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign"])

@@ -34,7 +34,7 @@ from pisces.ot_map import (
     fit_alignment,
     paper_settings,
 )
-from pisces.ot_map.embeddings import Embeddings, embed, extract, read_embeddings, wait_for_shards
+from pisces.ot_map.embeddings import PATIENCE, Embeddings, embed, extract, read_embeddings, wait_for_shards
 from pisces.pipelines.trainable import best_device
 from pisces.processes import Processes, join_processes
 
@@ -93,6 +93,7 @@ def fit_ot_map(
     report: Path | None = None,
     device: str | None = None,
     embed_batch: int = 32,
+    patience: float = PATIENCE,
 ) -> dict[str, dict[str, float]]:
     """Embed captioned videos, fit an alignment on one part, measure it on the other, write it.
 
@@ -107,13 +108,14 @@ def fit_ot_map(
         report: .html to write, with a .png beside it.
         device: of encoder and fit; None is the first GPU if there is one, else the CPU.
         embed_batch: videos that the encoder sees at a time.
+        patience: seconds without a new shard after which other processes are taken for dead.
 
     Returns:
         Metrics by kind; nothing in processes that embed only.
 
     Raises:
         FileNotFoundError: no such folder or encoder.
-        ValueError: too few videos, a bad setting or output name.
+        ValueError: too few videos, a bad setting or output name, or another process that failed.
     """
     _check(output, videos, embeddings, options, report)
     joined = join_processes()
@@ -121,7 +123,7 @@ def fit_ot_map(
     if processes.count > 1 and embeddings is None:
         raise ValueError("fit-ot-map: several processes need a folder in which to meet. Add --embeddings DIR.")
     place = torch.device(device or joined or best_device())
-    found, source = _embeddings(videos, embeddings, encoder, place, processes, embed_batch)
+    found, source = _embeddings(videos, embeddings, encoder, place, processes, embed_batch, patience)
     if not processes.is_main:
         return {}
     if paper:
@@ -181,6 +183,7 @@ def _embeddings(
     device: torch.device,
     processes: Processes,
     batch_size: int,
+    patience: float,
 ) -> tuple[Embeddings, dict[str, Any]]:
     """The embeddings, made where they are not there yet, and what the alignment's file says of their source."""
     n_videos = 0
@@ -199,7 +202,7 @@ def _embeddings(
         if not processes.is_main:
             return Embeddings(torch.empty(0), torch.empty(0), []), {}
         if processes.count > 1:
-            wait_for_shards(folder)
+            wait_for_shards(folder, patience=patience)
         found, listing = read_embeddings(folder)
         n_videos = listing["n_videos"]
         source = {name: value for name, value in listing.items() if name.startswith("encoder")}

@@ -28,6 +28,8 @@ SHARD_PAIRS = 1024
 BATCH_SIZE = 32  # divides SHARD_PAIRS, so that a batch does not depend on where a shard ends
 LISTING = "embeddings.json"
 FORMAT = 1
+FAILED = ".failed"  # RANK.failed: what stopped a process; the next call removes it
+PATIENCE = 6 * 3600.0  # seconds; a shard of large videos on a slow device takes an hour
 Progress = Callable[[int], object]
 """Called with the number of videos that have been dealt with."""
 
@@ -170,16 +172,47 @@ def extract(
             progress(len(shards[k]))
         else:
             wanted.append(k)
+    if processes.is_main:  # of an earlier call
+        for file in folder.glob(f"*{FAILED}"):
+            file.unlink()
     # From here on a shard that is there is whole, so `wait_for_shards` need not read them.
     processes.wait()
-    for k in wanted:
-        part = embed(videos, model, shards[k], batch_size=batch_size, device=device, progress=progress)
-        _write_shard(_shard_file(folder, k), part)
+    try:
+        for k in wanted:
+            part = embed(videos, model, shards[k], batch_size=batch_size, device=device, progress=progress)
+            _write_shard(_shard_file(folder, k), part)
+    except BaseException as error:
+        if processes.count > 1:  # others may wait for these shards
+            (folder / f"{processes.rank}{FAILED}").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        raise
 
 
-def wait_for_shards(folder: str | Path, *, seconds: float = 1.0) -> None:
-    """Go on when all shards are there: other processes may have more to do than a collective operation would wait."""
-    while any(not file.is_file() for file in _shard_files(Path(folder))):
+def wait_for_shards(folder: str | Path, *, patience: float = PATIENCE, seconds: float = 1.0) -> None:
+    """Go on when all shards are there: other processes may have more to do than a collective operation would wait.
+
+    Args:
+        folder: that `extract` fills.
+        patience: seconds without a new shard after which the others are taken for dead.
+        seconds: between two looks.
+
+    Raises:
+        ValueError: another process failed, or no shard was written for `patience` seconds.
+    """
+    folder, files = Path(folder), _shard_files(Path(folder))
+    n_missing, since = len(files) + 1, time.monotonic()
+    while missing := [file.name for file in files if not file.is_file()]:
+        lacks = f"{folder} lacks {len(missing)} of {len(files)} shards, the first {missing[0]}"
+        failed = {file.name.removesuffix(FAILED): file.read_text("utf-8") for file in folder.glob(f"*{FAILED}")}
+        if failed:
+            whose = ", ".join(f"process {rank} failed ({why})" for rank, why in sorted(failed.items()))
+            raise ValueError(f"wait_for_shards: {whose}, and {lacks}. Call again: what is there is kept.")
+        if len(missing) < n_missing:
+            n_missing, since = len(missing), time.monotonic()
+        if time.monotonic() - since > patience:
+            raise ValueError(
+                f"wait_for_shards: {lacks}, and none was written for {patience:g} seconds: the process that makes it "
+                "is dead or slow. Look after it and call again, or wait longer."
+            )
         time.sleep(seconds)
 
 
