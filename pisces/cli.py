@@ -218,12 +218,15 @@ def fit_ot_map(
     ] = 0.2,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
     embed_batch: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 32,
+    patience: Annotated[
+        float, typer.Option(min=0, help="Hours without a new shard after which other processes are taken for dead.")
+    ] = 6,
 ) -> None:
     """Fit the map that carries text embeddings onto the distribution of real-video embeddings.
 
     The folder holds metadata.jsonl with one {"file_name": ..., "text": ...} a line, or name.txt beside each name.mp4.
-    Unreadable videos are named and left out. The printed metrics are those of the held-out share; a warning says when
-    the map makes the reward worse than no map.
+    Unreadable videos and captions without a word are named and left out. The printed metrics are those of the held-out
+    share; a warning says when the map makes the reward worse than no map.
 
     With --embeddings a stopped call goes on where it was, and torchrun's processes divide the videos among themselves;
     one of them fits. With --checkpoints SIGTERM or Ctrl-C saves the training, and the same command goes on from it,
@@ -266,6 +269,7 @@ def fit_ot_map(
         report=report,
         device=device,
         embed_batch=embed_batch,
+        patience=3600 * patience,
     )
 
 

@@ -136,11 +136,13 @@ class LatentCache:
         return [_versions(TEXT_SOFTWARE), parts, _plain(transformer.config), str(transformer.dtype)]
 
 
-def module_digest(module: nn.Module) -> str:
+def module_digest(module: nn.Module, *, rounded: bool = False) -> str:
     """A digest of a model: its class, its configuration, and name, type, shape and bytes of every tensor.
 
     Args:
         module: on any device; its tensors are copied to the CPU one by one.
+        rounded: take floating-point tensors as bfloat16 holds them, so that a model and the same in bfloat16 have one
+            digest.
 
     Example:
         >>> one, other = nn.Linear(2, 3), nn.Linear(2, 3)
@@ -152,6 +154,8 @@ def module_digest(module: nn.Module) -> str:
     """
     hasher = hashlib.sha256(_digest([type(module).__name__, _plain(getattr(module, "config", None))]).encode())
     for name, tensor in sorted(module.state_dict().items()):
+        if rounded and tensor.is_floating_point():
+            tensor = tensor.to(torch.bfloat16)
         hasher.update(_digest([name, str(tensor.dtype), list(tensor.shape)]).encode())
         hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return hasher.hexdigest()

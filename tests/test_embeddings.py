@@ -6,7 +6,11 @@ import json
 import logging
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +21,9 @@ from typer.testing import CliRunner, Result
 from pisces.cli import app
 from pisces.data import VideoFolder, VideoShards
 from pisces.encoders import TinyEncoder
+from pisces.encoders.base import refused_prompts
 from pisces.ot_map import Alignment, embeddings
-from pisces.ot_map.embeddings import embed, extract, read_embeddings
+from pisces.ot_map.embeddings import embed, extract, read_embeddings, wait_for_shards
 from pisces.processes import Processes
 from pisces.world.dataset import write_dataset
 
@@ -122,6 +127,75 @@ def test_a_resumed_or_divided_extraction_is_the_same(
     assert bytes_of(tmp_path / "resumed") == bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "divided")
 
 
+def test_two_processes_fill_one_folder(folder: Path, videos: VideoFolder, model: TinyEncoder, tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    script, running = Path(__file__).with_name("embedded_together.py"), []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parents[1])]),
+            "WORLD_SIZE": "2",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }
+        command = [sys.executable, str(script), str(folder), str(tmp_path / "two")]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(command, env=environment, **pipes))
+    try:
+        said = [process.communicate(timeout=200) for process in running]
+    finally:
+        for process in running:  # one that fails leaves the other waiting
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], said
+    assert said[0][0].split() == ["2", str(N - 1)]
+    extract(tmp_path / "one", videos, model, shard_pairs=4)
+    one, two = bytes_of(tmp_path / "one"), bytes_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    # two processes may round otherwise than this one with its threads
+    for mine, theirs in zip(*(read_embeddings(tmp_path / name) for name in ("one", "two")), strict=True):
+        if isinstance(mine, dict):
+            assert mine == theirs
+            continue
+        torch.testing.assert_close((mine.text, mine.video), (theirs.text, theirs.video), rtol=1e-4, atol=1e-5)
+        assert (mine.captions, mine.unreadable) == (theirs.captions, theirs.unreadable)
+
+
+def test_waiting_ends_when_a_peer_fails_or_nothing_moves(
+    videos: VideoFolder, model: TinyEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(tmp_path, videos, model, shard_pairs=8, processes=Share(0, 2))  # shards 0 and 2
+    with pytest.raises(ValueError, match=r"lacks 1 of 3 shards, the first 000001.* none was written for 0.1 seconds"):
+        wait_for_shards(tmp_path, patience=0.1, seconds=0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyEncoder, "encode_video", lambda *_: (_ for _ in ()).throw(MemoryError("too large")))
+        with pytest.raises(MemoryError):
+            extract(tmp_path, videos, model, shard_pairs=8, processes=Share(1, 2))
+    with pytest.raises(ValueError, match=r"process 1 failed \(MemoryError: too large\).*Call again"):
+        wait_for_shards(tmp_path)
+    extract(tmp_path, videos, model, shard_pairs=8, processes=Share(0, 2))
+    assert not list(tmp_path.glob("*.failed"))
+    # time counts from the last shard: each comes sooner than patience ends, all together do not
+    (tmp_path / "000002.safetensors").unlink()
+    clock = iter(range(1000))
+    monkeypatch.setattr(embeddings.time, "monotonic", lambda: float(next(clock)))
+    looks = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        if looks in (4, 8):
+            shutil.copy(tmp_path / "000000.safetensors", tmp_path / f"00000{looks // 4}.safetensors")
+
+    monkeypatch.setattr(embeddings.time, "sleep", sleep)
+    wait_for_shards(tmp_path, patience=7)
+    assert looks == 8
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign"])
 def test_a_damaged_shard_is_named_and_made_again(
     damage: str, videos: VideoFolder, model: TinyEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -156,6 +230,9 @@ def test_embeddings_of_something_else_are_refused(
     with pytest.raises(ValueError, match="shards of 8 pairs"):
         extract(place, videos, model, shard_pairs=4)
     listing = json.loads((place / "embeddings.json").read_text())
+    older = {name: value for name, value in listing.items() if name != "encoder_bf16_sha256"}
+    (place / "embeddings.json").write_text(json.dumps(older))
+    extract(place, videos, model, shard_pairs=8)  # filled by a version that knew no rounded digest
     (place / "embeddings.json").write_text(json.dumps({**listing, "format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         read_embeddings(place)
@@ -167,6 +244,44 @@ def test_embeddings_of_something_else_are_refused(
         extract(place, videos, model, shard_pairs=8)
     with pytest.raises(FileNotFoundError, match=r"no embeddings\.json"):
         read_embeddings(tmp_path)
+
+
+def test_a_caption_without_a_word_costs_its_pair_only(
+    videos: VideoFolder, model: TinyEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = embed(videos, model, range(N))
+    videos.captions[12], videos.captions[BROKEN] = "!!!", "..."
+    read = VideoFolder.__getitem__
+    asked: list[int] = []
+    monkeypatch.setattr(VideoFolder, "__getitem__", lambda self, i: (asked.append(i), read(self, i))[1])
+    extract(tmp_path, videos, model, shard_pairs=8)
+    assert sorted(asked) == [i for i in range(N) if i not in (BROKEN, 12)]
+    found, _ = read_embeddings(tmp_path)
+    kept = torch.tensor([i for i in range(N - 1) if i != 11])  # number 9 was left out before, so that 12 was row 11
+    torch.testing.assert_close(found.text, whole.text[kept], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.video, whole.video[kept], rtol=1e-4, atol=1e-5)
+    assert [name for name, _ in found.unreadable] == [str(videos.files[i]) for i in (BROKEN, 12)]
+    assert "the prompt is '!!!', expected at least one word" in found.unreadable[1][1]
+
+
+def test_prompts_are_refused_one_by_one_only_if_the_batch_is(
+    model: TinyEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    read = TinyEncoder.token_texts
+    monkeypatch.setattr(TinyEncoder, "token_texts", lambda self, p: (calls.append(list(p)), read(self, p))[1])
+    assert refused_prompts(model, ["a red square", "a dog"]) == {}
+    assert calls == [["a red square", "a dog"]]
+    assert list(refused_prompts(model, ["a dog", "!!!", "a cat", " "])) == [1, 3]
+    assert refused_prompts(model, []) == {}
+    assert list(refused_prompts(model, ["!!!", *["a dog"] * 100, "!!!"])) == [0, 101]
+
+    def no_tokenizer(self: TinyEncoder, prompts: list[str]) -> None:
+        raise ValueError("no tokenizer")
+
+    monkeypatch.setattr(TinyEncoder, "token_texts", no_tokenizer)
+    with pytest.raises(ValueError, match="no tokenizer"):  # else every pair would be left out
+        refused_prompts(model, ["a red square", "!!!"])
 
 
 def test_shards_of_videos_have_embeddings_too(model: TinyEncoder, folder: Path, tmp_path: Path) -> None:
@@ -214,6 +329,41 @@ def test_an_alignment_is_fitted_from_embeddings_alone(folder: Path, tmp_path: Pa
         assert f"<td>{kind}</td>" in page.read_text()
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "data:image/png;base64" in page.read_text()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_fit_names_captions_without_a_word(folder: Path, tmp_path: Path, kept: bool) -> None:
+    shutil.copytree(folder, tmp_path / "videos")
+    lines = (tmp_path / "videos" / "metadata.jsonl").read_text().splitlines()
+    lines[3] = json.dumps({**json.loads(lines[3]), "text": "!!!"})
+    (tmp_path / "videos" / "metadata.jsonl").write_text("\n".join(lines))
+    rest = ("--embeddings", tmp_path / "embeddings") if kept else ()
+    output = tmp_path / "map.safetensors"
+    base = ("fit-ot-map", "--videos", tmp_path / "videos", "--kind", "center", "--device", "cpu", "--output", output)
+    result = run(*base, *rest)
+    assert result.exit_code == 0, result.output
+    assert (
+        f"skipped {tmp_path / 'videos' / json.loads(lines[3])['file_name']}: TinyEncoder.encode_text" in result.stderr
+    )
+    assert f"2 of {N} videos could not be read or have a caption without a word" in result.stderr
+    assert "fitted on 16 videos, measured on 4 others" in result.stdout
+
+
+def test_one_single_caption_is_reported(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "videos")
+    rows = [json.loads(line) for line in (tmp_path / "videos" / "metadata.jsonl").read_text().splitlines()]
+    alike = "".join(json.dumps({**row, "text": "a red square"}) + "\n" for row in rows)
+    (tmp_path / "videos" / "metadata.jsonl").write_text(alike)
+    base = ("fit-ot-map", "--videos", tmp_path / "videos", "--device", "cpu", "--output", tmp_path / "map.safetensors")
+    result = run(*base, "--compare", "--kind", "mean_shift")
+    assert result.exit_code == 0, result.output
+    assert "all captions are the same" in result.stdout
+    line = next(line for line in result.stdout.splitlines() if "mean_shift" in line)
+    assert line.split().count("nan") == 2
+    assert "affine" not in result.stdout
+    refused = run(*base, "--kind", "affine")
+    assert refused.exit_code == 2
+    assert "same embedding" in refused.stderr
 
 
 def test_a_training_is_chosen_resumed_and_the_papers(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 
@@ -347,6 +348,24 @@ def test_a_map_that_harms_is_reported_and_one_that_helps_is_not() -> None:
         alignment_metrics(Alignment("ot", network=network), shared, shared, captions)
     assert [w for w in caught if "lowers r_at_1 from 1.000" in str(w.message)]
     assert [w for w in caught if "raises rho" in str(w.message)]
+
+
+@pytest.mark.parametrize("kind", ["none", "center", "ot"])
+def test_metrics_of_one_single_caption_say_so(kind: Kind, seed: int) -> None:
+    """Its texts differ by rounding at most, and figures made of rounding are none."""
+    text = normal(1, seed, E).expand(30, E) + 1e-8 * normal(30, seed + 1, E)
+    video = normal(30, seed + 2)
+    with pytest.warns(UserWarning, match="all captions are the same") as caught:
+        metrics = alignment_metrics(example(kind), text, video, ["a dog"] * 30)
+    assert len(caught) == 1  # and nothing about what rises or falls
+    assert math.isnan(metrics["rho"])
+    assert math.isnan(metrics["spearman"])
+    assert metrics["r_at_1"] == 1
+    assert all(math.isfinite(metrics[name]) for name in ("gap", "cosine", "sinkhorn_divergence", "mutual_knn"))
+    assert rho(F.normalize(text, dim=-1), F.normalize(video, dim=-1)) == math.inf
+    two = alignment_metrics(Alignment("none"), normal(30, seed), video, ["a dog"] * 29 + ["a cat"])
+    assert math.isfinite(two["rho"])
+    assert math.isfinite(two["spearman"])
 
 
 def test_metrics_row_by_row_are_those_of_whole_matrices(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pisces.encoders import AttentionRefiner, BlipEncoder, DualEncoder, load_encoder
 from pisces.encoders.pretrained import Pixels
 from pisces.ot_map import Alignment
-from pisces.ot_map.embeddings import _encoder_digest
+from pisces.ot_map.encoder_digest import encoder_digest
 from pisces.rewards import QualityReward, SemanticReward, Transport, TransportRefiner
 
 DOUBLE = {"rtol": 1e-9, "atol": 1e-9}
@@ -62,14 +62,14 @@ def processed(path: Path, frames: Tensor, name: str) -> dict[str, Tensor]:
 
 def test_what_makes_other_embeddings_has_another_digest(tmp_path: Path) -> None:
     model = encoder_of("clip", tmp_path / "clip")
-    digests = [_encoder_digest(model), _encoder_digest(model)]
+    digests = [encoder_digest(model), encoder_digest(model)]
     assert digests[0] == digests[1]
     model.pixels = dataclasses.replace(model.pixels, mean=(0.1, 0.2, 0.3))
-    digests.append(_encoder_digest(model))
+    digests.append(encoder_digest(model))
     model.model.config.text_config.hidden_act = "relu"
-    digests.append(_encoder_digest(model))
+    digests.append(encoder_digest(model))
     model.tokenizer.add_tokens(["somethingnew"])
-    digests.append(_encoder_digest(model))
+    digests.append(encoder_digest(model))
     assert len(set(digests)) == 4
 
 

@@ -25,7 +25,7 @@ from pisces.build import build_batches, build_training, reference_videos, run_tr
 from pisces.config import TrainConfig, load_config
 from pisces.data import VideoReadError, video_bytes, write_metadata, write_video
 from pisces.encoders import TinyEncoder, TinyEncoderConfig
-from pisces.ot_map import Alignment, fit_alignment
+from pisces.ot_map import Alignment, encoder_facts, fit_alignment
 from pisces.pipelines import load_pipeline
 from pisces.pipelines.base import PipelineAdapter
 from pisces.rewards import standardize
@@ -49,7 +49,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
     width = encoder.embed_dim
     text, video = (torch.randn(16, width, generator=generator) for _ in range(2))
-    fit_alignment(text, video, kind="center", progress=False).save(root / "map.safetensors")
+    alignment = fit_alignment(text, video, kind="center", progress=False)
+    alignment.info |= encoder_facts(encoder)
+    alignment.save(root / "map.safetensors")
     return root
 
 
@@ -180,6 +182,13 @@ def test_the_alignment_of_the_file_is_used(world: Path, tmp_path: Path) -> None:
     assert used.keys() == wanted.keys()
     assert wanted
     assert all(torch.equal(used[name], wanted[name]) for name in wanted)
+
+
+def test_an_alignment_of_another_encoder_is_refused(world: Path, tmp_path: Path) -> None:
+    TinyEncoder(TinyEncoderConfig(vocabulary=tuple(WORDS), width=16)).save_pretrained(tmp_path / "other")
+    rewards = {"encoder": str(tmp_path / "other"), "ot_map": str(world / "map.safetensors"), "standardize": False}
+    with pytest.raises(ValueError, match=r"map\.safetensors was fitted with another encoder"):
+        build_training(settings(world, tmp_path, rewards=rewards))
 
 
 def test_bad_videos_and_prompts_are_named(world: Path, tmp_path: Path) -> None:

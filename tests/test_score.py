@@ -16,9 +16,10 @@ from typer.testing import CliRunner, Result
 from pisces.captions import read_pairs
 from pisces.cli import app
 from pisces.commands import score as score_command
-from pisces.commands.inputs import refused_prompts, transport_settings
+from pisces.commands.inputs import transport_settings
 from pisces.data import VideoFolder, read_video, write_metadata, write_video
 from pisces.encoders import TinyEncoder, load_encoder
+from pisces.encoders.base import refused_prompts
 from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport, leverage
 from pisces.world import checkpoint_path, scene
 
@@ -232,7 +233,7 @@ def test_encoders_without_named_tokens_are_asked_too(tmp_path: Path) -> None:
     save_tiny("clip", tmp_path)
     encoder = load_encoder(tmp_path)
     assert not hasattr(encoder, "token_texts")
-    assert list(refused_prompts(encoder, ["a dog", "!!!", " ", "a dog", "!!!"])) == ["!!!", " "]
+    assert list(refused_prompts(encoder, ["a dog", "!!!", " ", "a dog", "!!!"])) == [1, 2, 4]
     encoder.tokenizer = None
     with pytest.raises(ValueError, match="no tokenizer"):
         refused_prompts(encoder, ["a dog"])

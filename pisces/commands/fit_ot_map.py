@@ -22,6 +22,7 @@ from pisces.data import open_videos
 from pisces.encoders import load_encoder, read_options
 from pisces.ot_map import (
     KINDS,
+    LINEAR,
     NEURAL,
     OBJECTIVES,
     Alignment,
@@ -29,10 +30,11 @@ from pisces.ot_map import (
     Kind,
     Objective,
     alignment_metrics,
+    encoder_facts,
     fit_alignment,
     paper_settings,
 )
-from pisces.ot_map.embeddings import Embeddings, embed, extract, read_embeddings, wait_for_shards
+from pisces.ot_map.embeddings import PATIENCE, Embeddings, embed, extract, read_embeddings, wait_for_shards
 from pisces.pipelines.trainable import best_device
 from pisces.processes import Processes, join_processes
 
@@ -91,6 +93,7 @@ def fit_ot_map(
     report: Path | None = None,
     device: str | None = None,
     embed_batch: int = 32,
+    patience: float = PATIENCE,
 ) -> dict[str, dict[str, float]]:
     """Embed captioned videos, fit an alignment on one part, measure it on the other, write it.
 
@@ -105,13 +108,14 @@ def fit_ot_map(
         report: .html to write, with a .png beside it.
         device: of encoder and fit; None is the first GPU if there is one, else the CPU.
         embed_batch: videos that the encoder sees at a time.
+        patience: seconds without a new shard after which other processes are taken for dead.
 
     Returns:
         Metrics by kind; nothing in processes that embed only.
 
     Raises:
         FileNotFoundError: no such folder or encoder.
-        ValueError: too few videos, a bad setting or output name.
+        ValueError: too few videos, a bad setting or output name, or another process that failed.
     """
     _check(output, videos, embeddings, options, report)
     joined = join_processes()
@@ -119,7 +123,7 @@ def fit_ot_map(
     if processes.count > 1 and embeddings is None:
         raise ValueError("fit-ot-map: several processes need a folder in which to meet. Add --embeddings DIR.")
     place = torch.device(device or joined or best_device())
-    found, source = _embeddings(videos, embeddings, encoder, place, processes, embed_batch)
+    found, source = _embeddings(videos, embeddings, encoder, place, processes, embed_batch, patience)
     if not processes.is_main:
         return {}
     if paper:
@@ -131,6 +135,8 @@ def fit_ot_map(
     alignment.save(output)  # before anything else that could fail
     # Beside the map stands what costs nothing: no alignment, and centring alone.
     kinds: list[Kind] = [kind for kind in KINDS if kind not in NEURAL] if compare else ["none", "center"]
+    if len(set(found.captions)) == 1:  # nothing to fit a matrix to; the metrics say so
+        kinds = [kind for kind in kinds if kind not in LINEAR]
     compared: dict[Kind, Alignment] = {
         kind: fit_alignment(text[train], video[train], kind=kind, seed=options.seed)
         for kind in kinds
@@ -177,6 +183,7 @@ def _embeddings(
     device: torch.device,
     processes: Processes,
     batch_size: int,
+    patience: float,
 ) -> tuple[Embeddings, dict[str, Any]]:
     """The embeddings, made where they are not there yet, and what the alignment's file says of their source."""
     n_videos = 0
@@ -188,24 +195,25 @@ def _embeddings(
         with tqdm(total=-(-n_videos // processes.count), desc="embedding", unit="video", disable=None) as bar:
             if folder is None:
                 found = embed(opened, model, range(len(opened)), progress=bar.update, **how)
+                source: dict[str, Any] = encoder_facts(model)
             else:
                 extract(folder, opened, model, processes=processes, progress=bar.update, **how)
-    source: dict[str, Any] = {}
     if folder is not None:
         if not processes.is_main:
-            return Embeddings(torch.empty(0), torch.empty(0), []), source
+            return Embeddings(torch.empty(0), torch.empty(0), []), {}
         if processes.count > 1:
-            wait_for_shards(folder)
+            wait_for_shards(folder, patience=patience)
         found, listing = read_embeddings(folder)
         n_videos = listing["n_videos"]
-        source = {name: listing[name] for name in ("encoder", "encoder_sha256")}
+        source = {name: value for name, value in listing.items() if name.startswith("encoder")}
     errors = Console(stderr=True, soft_wrap=True)
     for name, why in found.unreadable:
         errors.print(f"pisces: skipped {name}: {why}", markup=False, highlight=False)
     if found.unreadable:
-        errors.print(f"pisces: {len(found.unreadable)} of {n_videos} videos could not be read")
+        left_out = f"{len(found.unreadable)} of {n_videos} videos could not be read or have a caption without a word"
+        errors.print(f"pisces: {left_out}")
     if not len(found):
-        raise ValueError(f"fit-ot-map: none of the {n_videos} videos in {str(videos or folder)!r} could be read.")
+        raise ValueError(f"fit-ot-map: none of the {n_videos} videos in {str(videos or folder)!r} could be used.")
     return found, source
 
 

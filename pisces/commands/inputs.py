@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,8 @@ import torch
 
 from pisces.captions import read_pairs
 from pisces.data import VideoShards, is_video_folder, open_videos
+from pisces.encoders import Encoder
+from pisces.encoders.base import refused_prompts
 from pisces.pipelines.trainable import best_device
 from pisces.rewards import Transport
 from pisces.shards import Member
@@ -67,37 +68,15 @@ def pair_items(table: Path) -> list[Item]:
     return items
 
 
-@torch.no_grad()
-def refused_prompts(encoder: Any, prompts: Iterable[str]) -> dict[str, str]:
-    """Those prompts that an encoder refuses, with its reasons: asked before any video is decoded.
-
-    Each is read alone, so that one does not hide another: as tokens where the encoder names them, else encoded.
-
-    Raises:
-        ValueError: the encoder cannot read text at all.
-    """
-    read = getattr(encoder, "token_texts", None) or encoder.encode_text
-    refused = {}
-    for prompt in dict.fromkeys(prompts):
-        try:
-            with warnings.catch_warnings(action="ignore"):  # that a prompt is cut is said when it is scored
-                read([prompt])
-        except ValueError as error:
-            if "prompts[0]" not in str(error):  # no fault of the prompt, such as a missing tokenizer
-                raise
-            refused[prompt] = str(error).replace("prompts[0]", "the prompt")
-    return refused
-
-
-def check_items(encoder: Any, items: Iterable[Item], who: str) -> dict[str, str]:
-    """`refused_prompts` of videos, of which some have to remain.
+def check_items(encoder: Encoder, items: Sequence[Item], who: str) -> dict[str, str]:
+    """Prompts that an encoder refuses, with its reasons: asked before any video is decoded. Some have to remain.
 
     Raises:
         ValueError: every prompt is refused; the first of them is named.
     """
-    items = list(items)
-    refused = refused_prompts(encoder, [item.prompt for item in items])
-    if all(item.prompt in refused for item in items):
+    prompts = list(dict.fromkeys(item.prompt for item in items))
+    refused = {prompts[i]: why for i, why in refused_prompts(encoder, prompts).items()}
+    if len(refused) == len(prompts):
         where = items[0].where or items[0].file
         raise ValueError(f"{who}: no video has a prompt that this encoder reads; {where}: {refused[items[0].prompt]}")
     return refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_PART = 64  # prompts that are read at once when it is asked which are refused
 AttentionRefiner = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(query [B, Q, D], key [B, M, D], attention [B, H, Q, M], frame_index [M], positions [M, 2], lexical [B, Q] bool)
 -> attention [B, H, Q, M]. Called once in every fusion layer for the whole batch; query and key are the projections of
@@ -210,3 +212,50 @@ def check_prompts(prompts: Sequence[str], who: str) -> list[str]:
         if not prompt.strip():
             raise ValueError(f"{who}: prompts[{i}] is empty, expected at least one word. Remove or fill it.")
     return prompts
+
+
+def refused_prompts(encoder: VideoTextEncoder, prompts: Sequence[str]) -> dict[int, str]:
+    """Which prompts an encoder refuses, and why: one caption without a word is no reason to lose a whole batch.
+
+    They are read as tokens where the encoder names them, else encoded; each is tried alone only where a part raises.
+
+    Args:
+        encoder: which raises a ValueError for a prompt without a word.
+        prompts: any number.
+
+    Returns:
+        Index -> reason, of the refused ones; empty if there are none.
+
+    Raises:
+        ValueError: what the encoder raises, if that is not about single prompts: it refuses any, or none of them alone.
+
+    Example:
+        >>> from pisces.encoders import load_encoder
+        >>> from pisces.world import checkpoint_path
+        >>> list(refused_prompts(load_encoder(checkpoint_path("encoder")), ["a red square", "!!!"]))
+        [1]
+    """
+    reasons: dict[int, str] = {}
+    for start in range(0, len(prompts), _PART):
+        part = list(prompts[start : start + _PART])
+        error = _refusal(encoder, part)
+        if error is None:
+            continue
+        found = {start + i: why for i, prompt in enumerate(part) if (why := _refusal(encoder, [prompt])) is not None}
+        if not found or _refusal(encoder, ["a video"]) is not None:
+            raise error
+        # alone a prompt has the number 0, which would mislead
+        reasons |= {i: str(why).replace("prompts[0]", "the prompt") for i, why in found.items()}
+    return reasons
+
+
+@torch.no_grad()
+def _refusal(encoder: VideoTextEncoder, prompts: list[str]) -> ValueError | None:
+    """What the encoder raises for these prompts, if it does."""
+    read = getattr(encoder, "token_texts", None) or encoder.encode_text
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that a prompt is cut is said when it is used
+            read(prompts)
+    except ValueError as error:
+        return error
+    return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pisces.ot_map.alignment import KINDS, NEURAL, PAIRED, Alignment, Kind
+from pisces.ot_map.alignment import KINDS, LINEAR, NEURAL, PAIRED, Alignment, Kind
+from pisces.ot_map.encoder_digest import check_alignment, encoder_facts
 from pisces.ot_map.fit import HeldOut, fit_alignment, paper_settings
 from pisces.ot_map.linear import affine_ot, procrustes, ridge
 from pisces.ot_map.metrics import alignment_metrics, mutual_knn, retrieval_at_1, rho, sinkhorn_divergence, spearman
@@ -11,6 +12,7 @@ from pisces.ot_map.neural import OBJECTIVES, FitInterrupted, Objective
 
 __all__ = [
     "KINDS",
+    "LINEAR",
     "NEURAL",
     "OBJECTIVES",
     "PAIRED",
@@ -22,6 +24,8 @@ __all__ = [
     "Objective",
     "affine_ot",
     "alignment_metrics",
+    "check_alignment",
+    "encoder_facts",
     "fit_alignment",
     "mutual_knn",
     "paper_settings",

@@ -20,14 +20,15 @@ Kind = Literal["none", "mean_shift", "center", "affine", "procrustes", "ridge", 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NEURAL: tuple[Kind, ...] = ("ot", "center_ot")
 PAIRED: tuple[Kind, ...] = ("procrustes", "ridge")  # they need to know which text belongs to which video
-_MEANS, _LINEAR = ("text_mean", "video_mean"), ("matrix", "offset")
+LINEAR: tuple[Kind, ...] = ("affine", "procrustes", "ridge")  # a matrix and an offset
+_MEANS, _MATRIX = ("text_mean", "video_mean"), ("matrix", "offset")
 _PARTS: dict[Kind, tuple[str, ...]] = {
     "none": (),
     "mean_shift": _MEANS,
     "center": _MEANS,
-    "affine": _LINEAR,
-    "procrustes": _LINEAR,
-    "ridge": _LINEAR,
+    "affine": _MATRIX,
+    "procrustes": _MATRIX,
+    "ridge": _MATRIX,
     "barycentric": ("anchors", "potential", "epsilon"),
     "ot": ("network",),
     "center_ot": (*_MEANS, "network"),
@@ -67,6 +68,9 @@ class Alignment(nn.Module):
         network: T; needed by ot and center_ot.
         info: JSON-ready facts about the fit, kept with the file.
 
+    Attributes:
+        file: the file that it was loaded from; None for one that was made in this process.
+
     Raises:
         ValueError: unknown kind, or a part that the kind needs is missing or does not fit.
 
@@ -101,6 +105,7 @@ class Alignment(nn.Module):
         super().__init__()
         self.kind: Kind = check_kind(kind, "Alignment")
         self.info: dict[str, Any] = dict(info or {})
+        self.file: Path | None = None
         tensors = {
             "text_mean": text_mean,
             "video_mean": video_mean,
@@ -200,8 +205,12 @@ class Alignment(nn.Module):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"Alignment.load: there is no file {path}. Fit one with fit_alignment.")
-        if path.suffix != ".safetensors":
-            return cls._load_authors(path)
+        alignment = cls._load_own(path) if path.suffix == ".safetensors" else cls._load_authors(path)
+        alignment.file = path
+        return alignment
+
+    @classmethod
+    def _load_own(cls, path: Path) -> Alignment:
         state, metadata = read_safetensors(path, "Alignment.load")
         if metadata.get("format") != _FORMAT:
             raise ValueError(

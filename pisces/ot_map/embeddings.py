@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pisces.data import VideoFolder, VideoReadError, VideoShards, atomic_path
 from pisces.encoders import VideoTextEncoder
-from pisces.latent_cache import module_digest, tokenizer_digest
+from pisces.encoders.base import refused_prompts
+from pisces.ot_map.encoder_digest import ROUNDED, encoder_facts
 from pisces.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ SHARD_PAIRS = 1024
 BATCH_SIZE = 32  # divides SHARD_PAIRS, so that a batch does not depend on where a shard ends
 LISTING = "embeddings.json"
 FORMAT = 1
+FAILED = ".failed"  # RANK.failed: what stopped a process; the next call removes it
+PATIENCE = 6 * 3600.0  # seconds; a shard of large videos on a slow device takes an hour
 Progress = Callable[[int], object]
 """Called with the number of videos that have been dealt with."""
 
@@ -39,7 +42,8 @@ class Embeddings:
         text: [n, E] L2-normalised.
         video: [n, E] L2-normalised.
         captions: n captions.
-        unreadable: (video, reason) of those that could not be read and are left out.
+        unreadable: (video, reason) of those that are left out: they could not be read, or the encoder refuses their
+            caption.
     """
 
     text: Tensor
@@ -71,7 +75,7 @@ def embed(
     device: torch.device | str = "cpu",
     progress: Progress = lambda n: None,
 ) -> Embeddings:
-    """Embed some of the videos with their captions; those that cannot be read are left out and listed.
+    """Embed some of the videos with their captions; what cannot be read or has no word is left out and listed.
 
     Args:
         videos: opened with the `n_frames` and `size` of the encoder.
@@ -85,7 +89,7 @@ def embed(
         The embeddings, on the CPU.
 
     Raises:
-        ValueError: a batch of nothing.
+        ValueError: a batch of nothing, or an encoder that refuses every caption, such as one without a tokenizer.
     """
     texts = [torch.empty(0, model.embed_dim)]
     embedded = [torch.empty(0, model.embed_dim)]
@@ -98,7 +102,11 @@ def embed(
         batch = items[start : start + batch_size]
         frames: list[Tensor] = []
         words: list[str] = []
-        for i in batch:
+        refused = refused_prompts(model, [videos.captions[i] for i in batch])  # before videos are read in vain
+        for k, i in enumerate(batch):
+            if k in refused:
+                unreadable.append((str(videos.files[i]), refused[k]))
+                continue
             try:
                 clip, caption = videos[i]
             except VideoReadError as error:
@@ -128,9 +136,9 @@ def extract(
     """Fill a folder with the embeddings of captioned videos; shards that are there are skipped.
 
     The folder holds embeddings.json, which says of which encoder and videos they are, and for every 1,024 videos
-    SHARD.safetensors with `text`, `video` and, in its header, captions and unreadable videos. A shard is written whole
-    or not at all; a damaged one is logged and made again. What a shard holds depends on its videos only, neither on
-    interruptions nor on the number of processes.
+    SHARD.safetensors with `text`, `video` and, in its header, captions and videos that were left out. A shard is
+    written whole or not at all; a damaged one is logged and made again. What a shard holds depends on its videos only,
+    neither on interruptions nor on the number of processes.
 
     Args:
         folder: made if missing.
@@ -148,8 +156,7 @@ def extract(
     folder = Path(folder)
     listing = {
         "format": FORMAT,
-        "encoder": type(model).__name__,
-        "encoder_sha256": _encoder_digest(model),
+        **encoder_facts(model),
         "videos": str(videos.path),
         "videos_sha256": _videos_digest(videos),
         "n_videos": len(videos),
@@ -165,16 +172,47 @@ def extract(
             progress(len(shards[k]))
         else:
             wanted.append(k)
+    if processes.is_main:  # of an earlier call
+        for file in folder.glob(f"*{FAILED}"):
+            file.unlink()
     # From here on a shard that is there is whole, so `wait_for_shards` need not read them.
     processes.wait()
-    for k in wanted:
-        part = embed(videos, model, shards[k], batch_size=batch_size, device=device, progress=progress)
-        _write_shard(_shard_file(folder, k), part)
+    try:
+        for k in wanted:
+            part = embed(videos, model, shards[k], batch_size=batch_size, device=device, progress=progress)
+            _write_shard(_shard_file(folder, k), part)
+    except BaseException as error:
+        if processes.count > 1:  # others may wait for these shards
+            (folder / f"{processes.rank}{FAILED}").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        raise
 
 
-def wait_for_shards(folder: str | Path, *, seconds: float = 1.0) -> None:
-    """Go on when all shards are there: other processes may have more to do than a collective operation would wait."""
-    while any(not file.is_file() for file in _shard_files(Path(folder))):
+def wait_for_shards(folder: str | Path, *, patience: float = PATIENCE, seconds: float = 1.0) -> None:
+    """Go on when all shards are there: other processes may have more to do than a collective operation would wait.
+
+    Args:
+        folder: that `extract` fills.
+        patience: seconds without a new shard after which the others are taken for dead.
+        seconds: between two looks.
+
+    Raises:
+        ValueError: another process failed, or no shard was written for `patience` seconds.
+    """
+    folder, files = Path(folder), _shard_files(Path(folder))
+    n_missing, since = len(files) + 1, time.monotonic()
+    while missing := [file.name for file in files if not file.is_file()]:
+        lacks = f"{folder} lacks {len(missing)} of {len(files)} shards, the first {missing[0]}"
+        failed = {file.name.removesuffix(FAILED): file.read_text("utf-8") for file in folder.glob(f"*{FAILED}")}
+        if failed:
+            whose = ", ".join(f"process {rank} failed ({why})" for rank, why in sorted(failed.items()))
+            raise ValueError(f"wait_for_shards: {whose}, and {lacks}. Call again: what is there is kept.")
+        if len(missing) < n_missing:
+            n_missing, since = len(missing), time.monotonic()
+        if time.monotonic() - since > patience:
+            raise ValueError(
+                f"wait_for_shards: {lacks}, and none was written for {patience:g} seconds: the process that makes it "
+                "is dead or slow. Look after it and call again, or wait longer."
+            )
         time.sleep(seconds)
 
 
@@ -218,7 +256,8 @@ def _open_folder(folder: Path, listing: dict[str, Any]) -> None:
                 f"extract: {folder} holds embeddings of other {what} ({there.get(name)!r}, {there.get(key)}), "
                 f"expected {listing[name]!r}, {listing[key]}. Name another folder, or delete this one."
             )
-    if there != {**listing, "videos": there.get("videos")}:
+    # folders of older versions have no rounded digest; it says nothing that the exact one does not
+    if any(there.get(name) != value for name, value in listing.items() if name not in ("videos", ROUNDED)):
         raise ValueError(f"extract: {folder} has shards of {there.get('shard_pairs')} pairs. Name another folder.")
 
 
@@ -292,19 +331,6 @@ def _content_digest(tensors: dict[str, Tensor], words: dict[str, Any]) -> str:
         hasher.update(repr(tuple(tensor.shape)).encode())
         hasher.update(tensor.numpy())
     return hasher.hexdigest()
-
-
-def _encoder_digest(model: VideoTextEncoder) -> str:
-    """Of the weights and of how videos are given to it."""
-    weights = module_digest(model) if isinstance(model, torch.nn.Module) else type(model).__qualname__
-    # A model of transformers inside: its heads and activations are in its own configuration.
-    inner = getattr(getattr(model, "model", None), "config", None)
-    settings = inner.to_json_string(use_diff=False) if inner is not None else ""
-    tokenizer = getattr(model, "tokenizer", None)
-    words = tokenizer_digest(tokenizer) if hasattr(tokenizer, "get_vocab") else ""
-    words = words or getattr(getattr(model, "words", None), "rules", "")
-    parts = (weights, settings, words, repr(getattr(model, "pixels", None)), model.n_frames, model.size)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _videos_digest(videos: VideoFolder | VideoShards) -> str:

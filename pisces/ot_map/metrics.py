@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from pisces_kernels import sinkhorn
 DIVERGENCE_EPSILON = 0.05
 NEIGHBOURS = 10  # the paper's k
 MOST_PAIRS = 4096  # of which distances are ranked and transport is solved: both make n x n matrices
+SAME = 1e-12  # square of the texts' spread over that of their length below which they differ by rounding only
 ROWS = 4096  # of a matrix of similarities that are held at a time
 
 
@@ -23,7 +25,8 @@ def alignment_metrics(alignment: Alignment, text: Tensor, video: Tensor, caption
 
     In the small world retrieval and `rho` predict whether a map helps the reward; cosine, gap and Sinkhorn divergence
     improve even where the reward gets worse, and mutual k-NN does not see a translation at all. So a map that lowers
-    `r_at_1` or raises `rho` against no alignment is reported with a warning.
+    `r_at_1` or raises `rho` against no alignment is reported with a warning. Where all captions are the same there is
+    nothing to retrieve: `r_at_1` is 1, and `rho` and `spearman` are NaN.
 
     Args:
         alignment: what to measure.
@@ -42,7 +45,7 @@ def alignment_metrics(alignment: Alignment, text: Tensor, video: Tensor, caption
             pairs, evenly spaced, where there are more.
 
     Warns:
-        UserWarning: `r_at_1` is lower or `rho` higher than without alignment.
+        UserWarning: `r_at_1` is lower or `rho` higher than without alignment, or all captions are the same.
 
     Raises:
         ValueError: shapes or number of captions do not fit.
@@ -67,6 +70,13 @@ def alignment_metrics(alignment: Alignment, text: Tensor, video: Tensor, caption
         "mutual_knn": mutual_knn(q, v, k=min(NEIGHBOURS, n - 1)),
         "spearman": spearman(torch.pdist(plain[some]), torch.pdist(q[some])),
     }
+    if not label.any():
+        warnings.warn(
+            "alignment_metrics: all captions are the same, so that retrieval, rho and the order of distances between "
+            "texts say nothing. Measure on videos with different captions.",
+            stacklevel=2,
+        )
+        return metrics | {"rho": math.nan, "spearman": math.nan}
     if alignment.kind != "none":
         plain_video = F.normalize(video.detach(), dim=-1)
         before = {"r_at_1": retrieval_at_1(plain, plain_video, label), "rho": rho(plain, plain_video)}
@@ -106,7 +116,7 @@ def rho(text: Tensor, video: Tensor) -> float:
         rho = Var_v(mean_t(q_t) . v) / mean_t Var_v((q_t - mean_t(q_t)) . v)
 
     The numerator is a reward for "typical video" that is the same for every caption. Large values mean that it drowns
-    what the caption asks for.
+    what the caption asks for; infinite is that of texts that are all the same, up to rounding.
 
     Args:
         text: q [n, E].
@@ -115,6 +125,8 @@ def rho(text: Tensor, video: Tensor) -> float:
     # Var_v(d . v) = d C d with the covariance C of the videos: no matrix of all texts with all videos
     mean = text.mean(0)
     offsets, spread = text - mean, video - video.mean(0)
+    if offsets.square().sum() <= SAME * text.square().sum():
+        return math.inf
     covariance = spread.T @ spread / (len(video) - 1)
     return float((mean @ covariance @ mean) / ((offsets @ covariance) * offsets).sum(1).mean())
 

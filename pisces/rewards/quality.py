@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pisces.encoders.base import VideoTextEncoder
 from pisces.ot_map.alignment import Alignment
+from pisces.ot_map.encoder_digest import check_alignment
 from pisces.rewards.base import Features, Reward, freeze
 
 
@@ -16,10 +17,14 @@ class QualityReward(Reward):
 
     Args:
         encoder: its parameters are frozen here.
-        alignment: fitted with the embeddings of this encoder; None leaves them as they are.
+        alignment: fitted with the embeddings of this encoder; None leaves them as they are. Its info is compared
+            with the encoder, which reads all weights once: `pisces.ot_map.check_alignment`.
+
+    Warns:
+        UserWarning: the alignment's file does not say which encoder it was fitted with.
 
     Raises:
-        ValueError: the alignment is of another width than the encoder.
+        ValueError: the alignment was fitted with another encoder, or is of another width.
 
     Source:
         PISCES (arXiv 2602.01624), the distributional OT-aligned reward.
@@ -29,11 +34,7 @@ class QualityReward(Reward):
         super().__init__()
         self.encoder = freeze(encoder)
         self.alignment = (alignment or Alignment("none")).requires_grad_(False).eval()
-        if self.alignment.dim not in (None, encoder.embed_dim):
-            raise ValueError(
-                f"QualityReward: alignment has width {self.alignment.dim}, expected {encoder.embed_dim}. "
-                "Use the encoder with which the alignment was fitted."
-            )
+        check_alignment(self.alignment, encoder, "QualityReward")
 
     def score(self, features: Features) -> Tensor:
         """Cosine [B] in [-1, 1]."""

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from pisces.data import VideoFolder
 from pisces.encoders import VideoTextEncoder, load_encoder
-from pisces.ot_map import Alignment, alignment_metrics, fit_alignment
+from pisces.ot_map import Alignment, alignment_metrics, encoder_facts, fit_alignment
 from pisces.ot_map.embed import embed_videos
 from pisces.pipelines.wan import WanAdapter
 from pisces.rewards import leverage
@@ -174,9 +174,10 @@ def fit_alignments(encoder: VideoTextEncoder, base: Path, paths: DemoPaths, size
     text, video = embed_videos(encoder, VideoFolder(paths.videos))
     check = VideoFolder(paths.check_videos)
     check_text, check_video = embed_videos(encoder, check)
-    metrics = {}
+    metrics, facts = {}, encoder_facts(encoder)
     for kind in dict.fromkeys(arm.alignment for arm in ARMS if arm.alignment is not None):
         alignment = fit_alignment(text, video, kind=kind, hidden=128, steps=size.map_steps, lr=1e-3)
+        alignment.info |= facts
         alignment.save(paths.alignment(kind))
         metrics[kind] = _measured(alignment, check_text, check_video, check.captions)
     prompts = check.captions[:LEVERAGE_SAMPLES]
