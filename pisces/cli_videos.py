@@ -97,11 +97,13 @@ def evaluate(
     vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all numbers as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write each video's numbers as CSV.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
 ) -> None:
     """Measure a folder of videos: rewards, sharpness, saturation, motion, flicker, and the judge where it applies.
 
     With --before the difference is shown with its bootstrap interval, paired where both folders hold the same files
-    with the same prompts. A video that cannot be read is named and left out; the exit code is then 1.
+    with the same prompts. A video that cannot be read, or whose
+    caption has no word, is named and left out; the exit code is then 1.
 
     Examples:
 
@@ -124,6 +126,7 @@ def evaluate(
         vanilla=vanilla,
         json_file=json_file,
         csv_file=csv_file,
+        device=device,
     )
     if found.after.unreadable or (found.before is not None and found.before.unreadable):
         raise typer.Exit(1)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_transformers import save_tiny
 from tiny_wan import PROMPTS, build_tiny_wan
 from typer.testing import CliRunner, Result
 
@@ -113,6 +114,32 @@ def test_unreadable_videos_are_named_and_make_it_unpaired(tmp_path: Path, seed: 
     result = run("evaluate", tmp_path / "after")
     assert result.exit_code == 2
     assert "none of the 3 videos" in result.output
+
+
+def test_a_caption_without_a_word_costs_its_video(tmp_path: Path, seed: int) -> None:
+    write_world(tmp_path / "v", seed, n=3)
+    listing = tmp_path / "v" / "metadata.jsonl"
+    rows = [json.loads(line) for line in listing.read_text().splitlines()]
+    rows[1]["text"] = "!!!"
+    listing.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("evaluate", tmp_path / "v", "--json", tmp_path / "e.json", "--device", "cpu")
+    assert result.exit_code == 1
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert [row["prompt"] for row in found["unreadable"]] == ["!!!"]
+    assert len(found["videos"][str(tmp_path / "v")]) == 2
+    result = run("evaluate", tmp_path / "v", "--device", "nowhere")
+    assert result.exit_code == 2
+    assert "--device nowhere is not there" in result.output
+
+
+def test_an_encoder_without_a_match_head_measures_quality_alone(tmp_path: Path, seed: int) -> None:
+    write_world(tmp_path / "v", seed, n=2)
+    save_tiny("clip", tmp_path / "clip")
+    result = run("evaluate", tmp_path / "v", "--encoder", tmp_path / "clip", "--json", tmp_path / "e.json")
+    assert result.exit_code == 0, result.output
+    means = json.loads((tmp_path / "e.json").read_text())["means"]
+    assert "quality" in means
+    assert "semantic" not in means
 
 
 # ---------------------------------------------------------------------- VBench

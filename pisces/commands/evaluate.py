@@ -16,13 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pisces.bootstrap import Interval, difference_interval, mean_interval
-from pisces.commands.inputs import folder_items
+from pisces.commands.inputs import Item, check_items, choose_device, folder_items
 from pisces.config import resolve_path
 from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder
 from pisces.measures import measure
 from pisces.ot_map import Alignment
-from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport
+from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, Transport
 from pisces.shards import read_item
 from pisces.world.judge import judge
 from pisces.world.scene import FRAMES, SIZE, parse_caption
@@ -84,11 +84,13 @@ def evaluate(
     vanilla: bool,
     json_file: Path | None,
     csv_file: Path | None,
+    device: str | None = None,
 ) -> Evaluation:
     """Measure every video of one or two folders, print a table, write the files.
 
-    Measured are both rewards, sharpness, saturation, motion and flicker, and, where all videos are 9 frames of 32 x 32
-    pixels with captions of the small world, the scores of its judge.
+    Measured are both rewards (quality alone where the encoder has no match head), sharpness, saturation, motion and
+    flicker, and, where all videos are 9 frames of 32 x 32 pixels with captions of the small world, the scores of its
+    judge.
 
     Args:
         folder: captioned videos, such as `pisces sample` writes.
@@ -99,23 +101,24 @@ def evaluate(
         vanilla: leave the cross-attention as it is, without partial transport.
         json_file: receives settings, means with intervals, and every video's numbers.
         csv_file: receives one line a video.
+        device: of the rewards; None is the first GPU if there is one, else the CPU.
 
     Returns:
         All numbers.
 
     Raises:
         FileNotFoundError: no such folder, encoder or alignment.
-        ValueError: no readable video in a folder.
+        ValueError: no readable video or no usable prompt in a folder, or no such device.
     """
+    place = choose_device(device, "evaluate")
     model = load_encoder(resolve_path(encoder))
-    rewards = CompositeReward(
-        {
-            "quality": QualityReward(model, Alignment.load(ot_map) if ot_map else None),
-            "semantic": SemanticReward(model, transport=None if vanilla else Transport()),
-        },
-        {"quality": 1.0, "semantic": 1.0},
-    )
-    parts = {path: _evaluate_folder(path, prompt, rewards) for path in (folder, before) if path is not None}
+    terms: dict[str, Reward] = {"quality": QualityReward(model, Alignment.load(ot_map) if ot_map else None)}
+    if getattr(model, "has_match_head", True):
+        terms["semantic"] = SemanticReward(model, transport=None if vanilla else Transport())
+    rewards = CompositeReward(terms, dict.fromkeys(terms, 1.0)).to(place)
+    work = {path: folder_items(path, prompt) for path in (folder, before) if path is not None}
+    refused = {path: check_items(model, items, "evaluate") for path, items in work.items()}
+    parts = {path: _evaluate_folder(path, items, refused[path], rewards, place) for path, items in work.items()}
     found = _compare(parts[folder], parts[before] if before is not None else None)
     _print(found)
     content = {
@@ -139,18 +142,23 @@ def evaluate(
 
 
 @torch.no_grad()
-def _evaluate_folder(folder: Path, prompt: str | None, rewards: CompositeReward) -> Evaluated:
+def _evaluate_folder(
+    folder: Path, items: list[Item], refused: dict[str, str], rewards: CompositeReward, device: torch.device
+) -> Evaluated:
     """Every video by itself: it takes the memory of one."""
-    items = folder_items(folder, prompt)
     found = Evaluated()
     judged: list[dict[str, float]] = []
     for path, text, _ in tqdm(items, desc=folder.name, unit="video", disable=None):
-        try:
-            frames = read_item(path)[None]
-        except VideoReadError as error:
-            found.unreadable.append({"file": str(path), "why": error.why})
+        why = refused.get(text)
+        if why is None:
+            try:
+                frames = read_item(path)[None]
+            except VideoReadError as error:
+                why = error.why
+        if why is not None:
+            found.unreadable.append({"file": str(path), "prompt": text, "why": why})
             continue
-        numbers = {**rewards.terms(frames, [text]), **measure(frames)}
+        numbers = {**rewards.terms(frames.to(device), [text]), **measure(frames)}
         found.rows.append({"file": str(path), "prompt": text, **{name: float(v) for name, v in numbers.items()}})
         scores = _judge(frames, text)
         judged += [scores] if scores is not None else []

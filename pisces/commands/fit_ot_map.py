@@ -17,6 +17,7 @@ from rich.table import Table as ConsoleTable
 from torch import Tensor
 from tqdm import tqdm
 
+from pisces.commands.inputs import choose_device
 from pisces.config import resolve_path
 from pisces.data import open_videos
 from pisces.encoders import load_encoder, read_options
@@ -35,7 +36,6 @@ from pisces.ot_map import (
     paper_settings,
 )
 from pisces.ot_map.embeddings import PATIENCE, Embeddings, embed, extract, read_embeddings, wait_for_shards
-from pisces.pipelines.trainable import best_device
 from pisces.processes import Processes, join_processes
 
 Choice = Literal["r_at_1", "rho", "last"]
@@ -122,7 +122,7 @@ def fit_ot_map(
     processes = Processes()
     if processes.count > 1 and embeddings is None:
         raise ValueError("fit-ot-map: several processes need a folder in which to meet. Add --embeddings DIR.")
-    place = torch.device(device or joined or best_device())
+    place = choose_device(device or joined, "fit-ot-map")
     found, source = _embeddings(videos, embeddings, encoder, place, processes, embed_batch, patience)
     if not processes.is_main:
         return {}
