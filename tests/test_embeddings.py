@@ -6,16 +6,13 @@ import json
 import logging
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_encoder import tiny_encoder
+from together import run_together
 from typer.testing import CliRunner, Result
 
 from pisces.cli import app
@@ -128,31 +125,8 @@ def test_a_resumed_or_divided_extraction_is_the_same(
 
 
 def test_two_processes_fill_one_folder(folder: Path, videos: VideoFolder, model: TinyEncoder, tmp_path: Path) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    script, running = Path(__file__).with_name("embedded_together.py"), []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parents[1])]),
-            "WORLD_SIZE": "2",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
-        }
-        command = [sys.executable, str(script), str(folder), str(tmp_path / "two")]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running.append(subprocess.Popen(command, env=environment, **pipes))
-    try:
-        said = [process.communicate(timeout=200) for process in running]
-    finally:
-        for process in running:  # one that fails leaves the other waiting
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], said
-    assert said[0][0].split() == ["2", str(N - 1)]
+    said = run_together("embedded_together.py", folder, tmp_path / "two")
+    assert said[0].split() == ["2", str(N - 1)]
     extract(tmp_path / "one", videos, model, shard_pairs=4)
     one, two = bytes_of(tmp_path / "one"), bytes_of(tmp_path / "two")
     assert one.keys() == two.keys()

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_wan import build_tiny_wan
+from together import run_together
 from trained_together import ALGORITHMS, train
 
 from pisces.pipelines import WanAdapter
@@ -24,39 +21,6 @@ from pisces.state import latest_checkpoint
 @pytest.fixture(scope="module")
 def wan_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_wan(tmp_path_factory.mktemp("tiny") / "wan", layers=1, shift_terminal=0.2)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def train_together(wan_dir: Path, output: Path, *, steps: int) -> None:
-    """Every algorithm in two processes that know of each other as torchrun's do."""
-    port = free_port()
-    running = []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]),
-            "WORLD_SIZE": "2",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
-        }
-        script = Path(__file__).with_name("trained_together.py")
-        command = [sys.executable, str(script), str(wan_dir), str(output), str(steps)]
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-    finally:
-        for process in running:  # one that fails leaves the other waiting
-            process.kill()
 
 
 def state(output: Path) -> dict[str, torch.Tensor]:
@@ -75,7 +39,7 @@ def together(wan_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps of two processes, stopped after the third: before a rollout's second update."""
     root = tmp_path_factory.mktemp("two")
     for steps in (3, 4):
-        train_together(wan_dir, root, steps=steps)
+        run_together("trained_together.py", wan_dir, root, steps)
     return root
 
 
