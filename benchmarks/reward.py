@@ -280,7 +280,8 @@ attention's logits with a deviation of {deviation:g}) and gives log P(match); "g
 the video tokens. Only what is done to the attention differs: nothing ("{plain}"; its probabilities are never stored),
 partial transport by this library, by plain torch with all heads at once, and by the released loop over heads, which
 takes one video at a time. Time is the median of rounds in which the methods take turns; memory the high-water mark of a
-process of its own, beyond weights and inputs.
+process of its own, beyond weights and inputs. The machine is shared, and other work ran on its second core meanwhile:
+a ratio is good to a tenth or two, and what transport adds cannot be told from 0 where it is less than that.
 
 A method's error is the distance of its gradient to that of the float64 reference, as a share of what transport changes
 in it; above {tolerance:g} it has no figure.
