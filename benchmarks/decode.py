@@ -287,27 +287,16 @@ def table_of(results: Record) -> str:
 
 def draw(results: Record, folder: Path) -> None:
     """Memory and time against frames, a file a class."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from .plots import log_panels
 
     for name, table in results.items():
-        figure, axes = plt.subplots(1, 2, figsize=(10.4, 3.9))
-        for ax, quantity, unit, title in zip(
-            axes, ("peak", "seconds"), (1e6, 1.0), ("peak memory / MB", "time / s"), strict=True
-        ):
-            for method, measured in table.items():
-                points = sorted((int(n), record[quantity] / unit) for n, record in measured.items())
-                style = "--" if method == "plain" or method.startswith("diffusers") else "-"
-                ax.plot([x for x, _ in points], [y for _, y in points], style, marker="o", markersize=3, label=method)
-            ax.set(xscale="log", yscale="log", xlabel="frames", ylabel=title)
-            ax.grid(alpha=0.3)
-        axes[0].legend(fontsize=7)
-        figure.suptitle(f"{name}: gradient of all frames, a video of {PIXELS} x {PIXELS}, narrow decoder")
-        figure.tight_layout()
-        figure.savefig(folder / f"{name}.svg")
-        plt.close(figure)
+        curves = {method: {int(n): record for n, record in measured.items()} for method, measured in table.items()}
+        log_panels(
+            curves, folder / f"{name}.svg", axis="frames",
+            title=f"{name}: gradient of all frames, a video of {PIXELS} x {PIXELS}, narrow decoder",
+            quantities=(("peak", 1e6, "peak memory / MB"), ("seconds", 1.0, "time / s")),
+            dashed=[method for method in table if method == "plain" or method.startswith("diffusers")],
+        )  # fmt: skip
 
 
 def main() -> None:

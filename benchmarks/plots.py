@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,26 @@ def draw(results: Record, folder: Path) -> dict[str, str]:
         pictures["roofline.svg"] = "Roofline of one core, and ours on it"
         roofline(results, folder / "roofline.svg")
     return pictures
+
+
+def log_panels(
+    curves: Mapping[str, Mapping[int, Record]], file: Path, *, title: str, axis: str,
+    quantities: Sequence[tuple[str, float, str]], dashed: Collection[str],
+) -> None:  # fmt: skip
+    """A panel a quantity (key of a record, unit, label), a curve a method, both axes logarithmic."""
+    figure, axes = plt.subplots(1, len(quantities), figsize=(WIDTH * len(quantities), 3.9))
+    for ax, (quantity, unit, label) in zip(axes, quantities, strict=True):
+        for name, records in curves.items():
+            xs = sorted(records)
+            style = "--" if name in dashed else "-"
+            ax.plot(xs, [records[x][quantity] / unit for x in xs], style, marker="o", markersize=3, label=name)
+        ax.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(file)
+    plt.close(figure)
 
 
 def curve(points: list[Record], name: str, quantity: str) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""Time and peak memory of the semantic reward beside the released loop, against the video's length: docs/reward/.
+"""Time and peak memory of the semantic reward from encoded videos on, beside the released loop: docs/reward/.
 
     python -m benchmarks.reward                          # 8, 26, 128 frames; 4 videos of 8: about an hour on a core
     python -m benchmarks.reward --calls 8x1 8x4          # some: frames x videos
@@ -50,6 +50,7 @@ LOGIT_DEVIATION = (
     3.0  # of the attention's logits over the video tokens: attention that is peaked, as a trained one's is
 )
 TOLERANCE = 0.02
+VISION = InternVideo2Config(n_frames=8, text_layers=1, fusion_layers=1, checkpoint=True)
 ROUNDS, BUDGET_SECONDS = 7, 30.0
 
 
@@ -254,14 +255,13 @@ def measure(size: str) -> dict[str, Record]:
     return table
 
 
-def measure_vision(frames: int = 8) -> Record:
-    """The vision tower of official size on one video, blocks computed again in the backward pass."""
+def measure_vision(config: InternVideo2Config) -> Record:
+    """The vision tower on one video, blocks computed again in the backward pass."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = InternVideo2Config(n_frames=frames, text_layers=1, fusion_layers=1, checkpoint=True)
         encoder = InternVideo2(config).eval().requires_grad_(False)
-        pixels = torch.rand(1, frames, 3, 224, 224)
-    record: Record = {"frames": frames}
+        pixels = torch.rand(1, config.n_frames, 3, config.size, config.size)
+    record: Record = {"frames": config.n_frames}
     for mode in MODES:
         leaf = pixels.clone().requires_grad_(mode == "gradient")
         started = time.perf_counter()
@@ -272,16 +272,18 @@ def measure_vision(frames: int = 8) -> Record:
     return record
 
 
-PREFACE = """# Measured: a call of the semantic reward
+PREFACE = """# Measured: the semantic reward from encoded videos on
 
 `python -m benchmarks.reward`, on {machine}, one thread, float32. One call reads encoded videos and captions
 of 40 words with InternVideo2's fusion tower of official size (5 layers, 16 heads, width 1024; random weights, the
 attention's logits with a deviation of {deviation:g}) and gives log P(match); "gradient" is forward and backward to
-the video tokens. Only what is done to the attention differs: nothing ("{plain}"; its probabilities are never stored),
-partial transport by this library, by plain torch with all heads at once, and by the released loop over heads, which
-takes one video at a time. Time is the median of rounds in which the methods take turns; memory the high-water mark of a
-process of its own, beyond weights and inputs. The machine is shared, and other work ran on its second core meanwhile:
-a ratio is good to a tenth or two, and what transport adds cannot be told from 0 where it is less than that.
+the video tokens. Only what is done to the attention differs: nothing ("{plain}"; its probabilities are never
+stored), partial transport by this library, by plain torch with all heads at once, and by the released loop over heads,
+which takes one video at a time. Time is the median of rounds in which the methods take turns; memory the high-water
+mark of a process of its own, beyond weights and inputs. The vision and text towers, the same for every method, are not
+in it.
+The machine is shared, and other work ran on its second core meanwhile: a ratio is good to a tenth or two, and what
+transport adds cannot be told from 0 where it is less than that.
 
 A method's error is the distance of its gradient to that of the float64 reference, as a share of what transport changes
 in it; above {tolerance:g} it has no figure.
@@ -340,29 +342,19 @@ def _added(table: dict[str, Record], name: str) -> str:
 
 def draw(results: Record, folder: Path) -> None:
     """Time and memory against frames, a file a mode."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from .plots import log_panels
 
     sizes = sorted((size for size in results["calls"] if parse(size)[1] == 1), key=parse)
     for mode in MODES:
-        figure, axes = plt.subplots(1, 2, figsize=(10.4, 3.9))
-        for ax, quantity, unit, label in zip(
-            axes, ("seconds", "bytes"), (1.0, 1e6), ("time / s", "peak memory / MB"), strict=True
-        ):
-            for name in METHODS:
-                right = [size for size in sizes if mode in results["calls"][size][name]]
-                values = [results["calls"][size][name][mode][quantity] / unit for size in right]
-                style = "--" if name == PLAIN else "-"
-                ax.plot([parse(size)[0] for size in right], values, style, marker="o", markersize=3, label=name)
-            ax.set(xscale="log", yscale="log", xlabel="frames of 256 tokens", ylabel=label)
-            ax.grid(alpha=0.3)
-        axes[0].legend(fontsize=7)
-        figure.suptitle(f"{mode} of the semantic reward, one video, one thread")
-        figure.tight_layout()
-        figure.savefig(folder / f"{mode}.svg")
-        plt.close(figure)
+        curves = {}
+        for name in METHODS:
+            right = [size for size in sizes if mode in results["calls"][size][name]]
+            curves[name] = {parse(size)[0]: results["calls"][size][name][mode] for size in right}
+        log_panels(
+            curves, folder / f"{mode}.svg", title=f"{mode} of the semantic reward, one video, one thread",
+            axis="frames of 256 tokens", quantities=(("seconds", 1.0, "time / s"), ("bytes", 1e6, "peak memory / MB")),
+            dashed=(PLAIN,),
+        )  # fmt: skip
 
 
 def main() -> None:
@@ -385,7 +377,7 @@ def main() -> None:
     results: Record = json.loads(file.read_text()) if file.exists() else {"calls": {}}
 
     if arguments.vision:
-        results["vision"] = measure_vision()
+        results["vision"] = measure_vision(VISION)
         write(file, results)
     elif not arguments.page:
         for size in arguments.calls:

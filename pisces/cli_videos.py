@@ -102,8 +102,8 @@ def evaluate(
     """Measure a folder of videos: rewards, sharpness, saturation, motion, flicker, and the judge where it applies.
 
     With --before the difference is shown with its bootstrap interval, paired where both folders hold the same files
-    with the same prompts. A video that cannot be read, or whose
-    caption has no word, is named and left out; the exit code is then 1.
+    with the same prompts. A video that cannot be read, or whose caption has no word, is named and left out; the exit
+    code is then 1.
 
     Examples:
 

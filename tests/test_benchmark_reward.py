@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import reward as benchmark
 from benchmarks.reward import METHODS, MODES, OFFICIAL, OURS, PLAIN, Sizes
+from pisces.encoders.internvideo2.config import InternVideo2Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = Sizes(width=32, mlp=32, heads=2, layers=2, video_width=16, words=5, side=3)
@@ -67,6 +68,18 @@ def test_who_is_wrong_has_no_figure_and_the_page_says_so(
     assert [row.count("wrong") for row in rows] == [1, 1, 1, 0]
     assert "3 frames, 2 videos" in page
     assert (tmp_path / "gradient.svg").stat().st_size > 1000
+    assert "What all have in common" not in page
+    tiny = InternVideo2Config(
+        n_frames=2, size=28, vision_width=16, vision_layers=2, vision_heads=2, vision_mlp=16, pool_heads=2,
+        pool_width=8, text_layers=1, fusion_layers=1, vocabulary_size=5,
+    )  # fmt: skip
+    monkeypatch.setattr(benchmark, "VISION", tiny)
+    monkeypatch.setattr(sys, "argv", ["reward", "--output", str(tmp_path), "--vision"])
+    benchmark.main()
+    vision = json.loads((tmp_path / "results.json").read_text())["vision"]
+    assert vision["frames"] == 2
+    assert all(vision[mode] > 0 for mode in MODES)
+    assert f"2 frames takes {vision['score']:.3g} s" in (tmp_path / "README.md").read_text()
 
 
 def test_memory_is_what_the_hook_stores() -> None:

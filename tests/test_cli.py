@@ -15,11 +15,10 @@ import av
 import numpy as np
 import pytest
 import torch
+from commands import refused, run
 from safetensors.torch import load_file, save_file
 from tiny_wan import build_tiny_wan
-from typer.testing import CliRunner, Result
 
-from pisces.cli import app
 from pisces.data import VideoFolder, read_prompts, read_video, write_metadata, write_video
 from pisces.doctor import diagnose
 
@@ -53,20 +52,6 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline directory with random weights."""
     return build_tiny_wan(tmp_path_factory.mktemp("wan") / "tiny")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-def refused(result: Result, *parts: str) -> None:
-    """The result is exit code 2 and one line on stderr that holds all parts."""
-    assert result.exit_code == 2, result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("pisces: ")
-    for part in parts:
-        assert part in lines[0], (part, lines[0])
 
 
 def real_looking(path: Path, codec: str, pix_fmt: str, *, audio: bool = False) -> Path:

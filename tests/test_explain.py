@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import refused, run
 from heat_tiles import tiles
 from tiny_encoder import some_videos, tiny_encoder
 from tiny_internvideo2 import small_model, some_frames, some_prompts
 from tiny_transformers import save_tiny
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
-from pisces.cli import app
 from pisces.commands.leverage import reading
 from pisces.data import read_video, write_metadata, write_video
 from pisces.encoders import BlipEncoder, load_encoder
@@ -30,19 +29,6 @@ CLOSE = Transport(max_iters=3000, tol=1e-7)  # a batch may iterate longer than o
 
 
 pytestmark = pytest.mark.usefixtures("plain_terminal")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-def refused(result: Result, *parts: str) -> None:
-    """The result is exit code 2 and one line on stderr that holds all parts."""
-    assert result.exit_code == 2, result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    for part in ("pisces: ", *parts):
-        assert part in lines[0], (part, lines[0])
 
 
 def by_hand(text: Tensor, video: Tensor, attention: Tensor, t: Tensor, s: Tensor, transport: Transport) -> Tensor:

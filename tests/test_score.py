@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from commands import refused, run
 from tiny_transformers import save_tiny
-from typer.testing import CliRunner, Result
 
 from pisces.captions import read_pairs
-from pisces.cli import app
 from pisces.commands import score as score_command
 from pisces.commands.inputs import transport_settings
 from pisces.data import VideoFolder, read_video, write_metadata, write_video
@@ -24,19 +23,6 @@ from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Trans
 from pisces.world import checkpoint_path, scene
 
 pytestmark = pytest.mark.usefixtures("plain_terminal")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-def refused(result: Result, *parts: str) -> None:
-    """The result is exit code 2 and one line on stderr that holds all parts."""
-    assert result.exit_code == 2, result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    for part in ("pisces: ", *parts):
-        assert part in lines[0], (part, lines[0])
 
 
 def table(path: Path) -> list[dict[str, str]]:
