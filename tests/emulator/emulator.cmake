@@ -10,6 +10,10 @@ if(NOT CUDA_HEADERS)
   message(FATAL_ERROR "The emulator needs CUDA's headers (cuda_bf16.h). Install the CUDA toolkit or set -DCUDA_HEADERS.")
 endif()
 
+# The CPU kernels are only compared with here; tests/native sanitizes them.
+target_compile_options(cpu_kernels PRIVATE -fno-sanitize=all)
+target_compile_options(cpu_baseline PRIVATE -fno-sanitize=all)
+
 # The emulator is never sanitized: it tells the sanitizers what its fibers do.
 add_library(emulator OBJECT tests/emulator/emulator.cpp tests/emulator/tensor_cores.cpp)
 target_include_directories(emulator SYSTEM PRIVATE "${CUDA_HEADERS}")
