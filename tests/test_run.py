@@ -203,6 +203,48 @@ def test_bad_videos_and_prompts_are_named(world: Path, tmp_path: Path) -> None:
         run_training(settings(world, tmp_path, data={"prompts": str(tmp_path / "prompts.txt")}))
 
 
+def test_prompts_without_a_word_are_refused_before_a_video_is_made(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(adapter: PipelineAdapter, latents: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a video was made")
+
+    monkeypatch.setattr(PipelineAdapter, "decode", decode)
+    good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
+    good.write_text("a red square\na circle\n")
+    bad.write_text("a red square\n!!!\na circle\n\U0001f600\n...\n?\n")
+    named = r"refuses 4 of 6 {}: number 2 '!!!', number 4 '\U0001f600', number 5 '\.\.\.', \.\.\.\. .*one word"
+    with pytest.raises(ValueError, match=r"^rewards\.encoder: .*" + named.format("prompts of the data")):
+        build_training(settings(world, tmp_path, data={"prompts": str(bad)}))
+    validation = {"every": 1, "n": 6, "prompts": str(bad)}
+    with pytest.raises(ValueError, match=r"^rewards\.encoder: .*" + named.format("validation prompts")):
+        build_training(settings(world, tmp_path, data={"prompts": str(good)}, validation=validation))
+    # Rewards that are only watched read the prompts of the validation.
+    flow = {"algorithm": {"name": "flow_matching"}, "validation": validation}
+    watched = {"encoder": str(world / "encoder"), "standardize": False}
+    with pytest.raises(ValueError, match=r"^validation\.watched\.encoder: .*" + named.format("validation prompts")):
+        build_training(settings(world, tmp_path, **flow | {"validation": validation | {"watched": watched}}))
+    build_training(settings(world, tmp_path, **flow))  # no reward reads them
+
+
+def test_what_the_encoder_does_not_know_is_said(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red zebra\n")
+    data = {"prompts": str(tmp_path / "prompts.txt")}
+    quick = {"data": data, "validation": {"every": 0}}
+    build_training(settings(world, tmp_path, **quick, rewards={"encoder": "packaged", "standardize": False}))
+    small, words = (record.getMessage() for record in caplog.records if record.name == "pisces.build")
+    assert "32-pixel videos of moving shapes" in small
+    assert "1 of 3 words are unknown" in words
+    # Neither where the words are known and the encoder is one's own.
+    caplog.clear()
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    own = {"encoder": str(world / "encoder"), "standardize": False}
+    build_training(settings(world, tmp_path, **quick, rewards=own))
+    assert not [record for record in caplog.records if record.name == "pisces.build"]
+
+
 def test_videos_of_shards_and_of_another_size_are_trained_on(world: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
     with tarfile.open(tmp_path / "0.tar", "w") as shard:
