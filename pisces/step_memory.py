@@ -24,8 +24,9 @@ class StepMemory:
     Attributes:
         weights_bytes: of the pipeline and of a frozen copy of the denoiser, if there is one.
         optimizer_bytes: gradients, both moments of AdamW and averaged weights.
-        peak_bytes: most bytes alive at a time of what a step makes besides: states, activations, frames. Gradients are
-            counted here as well while they are made; the reward's own memory and kernels' workspaces come on top.
+        peak_bytes: most bytes alive at a time of what a step makes besides: states, activations, frames. The reward's own
+            memory and kernels' workspaces come on top; AdamW on a GPU takes the size of the trained weights once more,
+            when these are gone.
     """
 
     weights_bytes: int
@@ -73,6 +74,9 @@ def predict_step(adapter: PipelineAdapter, algorithm: Algorithm, batch: Batch, *
     adapter.prompt_memory.move("meta")
     for module in (*adapter.denoisers.values(), *copies, adapter.vae):
         module.to("meta")
+    # They are there from the first micro-batch on, and counted with the optimizer: the meter sees what is added to them.
+    for parameter in trained_parameters(adapter).values():
+        parameter.grad = torch.zeros_like(parameter)
     try:
         with TensorMeter() as meter, _fused_attention():
             loss, _ = algorithm.loss(batch, torch.Generator().manual_seed(0))
