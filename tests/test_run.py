@@ -145,6 +145,49 @@ def test_the_scale_of_the_rewards_is_found_once_a_run(
     assert len(calls) == 8
 
 
+def test_a_killed_reference_goes_on_and_is_the_same(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decode, left = PipelineAdapter.decode, [99]
+
+    def mortal(adapter: PipelineAdapter, latents: torch.Tensor) -> torch.Tensor:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return decode(adapter, latents)
+
+    monkeypatch.setattr(PipelineAdapter, "decode", mortal)
+    reference = {"encoder": str(world / "encoder"), "reference_batch": 7}  # in four parts
+    watched = reference | {"quality": 0}
+    sections = {"rewards": reference, "validation": {"every": 1, "n": 1, "watched": watched}}
+    build_training(settings(world, tmp_path / "whole", **sections))
+    assert left == [99 - 8]
+    parts = tmp_path / "parts" / "reference-parts"
+    for lives, n_there in ((1, 1), (0, 1), (2, 3)):
+        left[0] = lives
+        with pytest.raises(KeyboardInterrupt):
+            build_training(settings(world, tmp_path / "parts", **sections))
+        assert len(list(parts.glob("*/*.safetensors"))) == n_there
+        assert not (tmp_path / "parts" / "reference.json").exists()
+    left[0] = 99
+    build_training(settings(world, tmp_path / "parts", **sections))
+    assert left == [99 - 1 - 4]
+    whole, resumed = (json.loads((tmp_path / name / "reference.json").read_text()) for name in ("whole", "parts"))
+    assert resumed == whole
+    assert len(whole) == 2
+    assert not parts.exists()
+    # A part that a disk damaged is made again, and it alone.
+    left[0] = 3
+    with pytest.raises(KeyboardInterrupt):
+        build_training(settings(world, tmp_path / "torn", **sections))
+    next((tmp_path / "torn" / "reference-parts").glob("*/1.safetensors")).write_bytes(b"half")
+    left[0] = 99
+    build_training(settings(world, tmp_path / "torn", **sections))
+    assert left == [99 - 2 - 4]
+    assert json.loads((tmp_path / "torn" / "reference.json").read_text()) == whole
+    assert any("1.safetensors" in record.getMessage() for record in caplog.records)
+
+
 def test_parts_of_the_reference_do_not_depend_on_who_makes_them(world: Path, tmp_path: Path) -> None:
     config = settings(world, tmp_path)
     adapter = load_pipeline(world / "wan")
