@@ -183,7 +183,7 @@ def check_texts(
                 named = ", ".join(f"number {number + 1} {prompts[number]!r}" for number in list(refused)[:_NAMED])
                 raise ValueError(
                     f"{key}.encoder: {settings.encoder} refuses {len(refused)} of {len(prompts)} {what}: {named}"
-                    f"{', ...' if len(refused) > _NAMED else ''}. Remove or rewrite them. ({refused[first]})"
+                    f"{' and so on' if len(refused) > _NAMED else ''}. Remove or rewrite them. ({refused[first]})"
                 )
         if Processes().is_main:
             if settings.encoder == "packaged" and not config.pipeline.path.startswith(PACKAGED):

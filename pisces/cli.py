@@ -368,10 +368,12 @@ def plan(
         from pisces.commands.plan import plan_training, refuse_decode_options
         from pisces.config import load_config
 
-        sources = {name: context.get_parameter_source(name) for name in context.params}
-        refuse_decode_options(
-            {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
-        )
+        given = {}
+        for name, value in context.params.items():
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                given[name] = value
+        refuse_decode_options(given)
         typer.echo(plan_training(load_config(vae, settings or []), budget=budget))
         return
     if settings:

@@ -115,7 +115,7 @@ def _measure(
     terms: dict[int, dict[str, Tensor]] = {}
     parts = tqdm(videos(mine), desc="reference videos", total=len(mine), unit="part", disable=None, leave=False)
     for number, (frames, prompts) in zip(mine, parts, strict=True):
-        terms[number] = {name: value.cpu().contiguous() for name, value in rewards.terms(frames, prompts).items()}
+        terms[number] = {name: value.cpu().clone() for name, value in rewards.terms(frames, prompts).items()}
         with atomic_path(folder / f"{number}.safetensors") as temporary:
             save_file(terms[number], temporary)
         del frames

@@ -256,7 +256,7 @@ def test_prompts_without_a_word_are_refused_before_a_video_is_made(
     good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
     good.write_text("a red square\na circle\n")
     bad.write_text("a red square\n!!!\na circle\n\U0001f600\n...\n?\n")
-    named = r"refuses 4 of 6 {}: number 2 '!!!', number 4 '\U0001f600', number 5 '\.\.\.', \.\.\.\. .*one word"
+    named = r"refuses 4 of 6 {}: number 2 '!!!', number 4 '\U0001f600', number 5 '\.\.\.' and so on\. .*one word"
     with pytest.raises(ValueError, match=r"^rewards\.encoder: .*" + named.format("prompts of the data")):
         build_training(settings(world, tmp_path, data={"prompts": str(bad)}))
     validation = {"every": 1, "n": 6, "prompts": str(bad)}

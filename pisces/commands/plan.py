@@ -101,7 +101,7 @@ def refuse_decode_options(given: Mapping[str, Any]) -> None:
     settings = [f"--set {key}={given[name]}" for name in wrong if (key := SETTINGS[name]) is not None]
     advice = f"Write {' '.join(settings)}." if settings else "A run decodes without tiles: leave it out."
     options = ", ".join(f"--{name}" for name in wrong)
-    raise ValueError(f"plan: got {options} with settings of a run, which say it themselves. {advice}")
+    raise ValueError(f"plan: got {options} with settings of a run, which have their own. {advice}")
 
 
 def plan_training(config: TrainConfig, *, budget: str | None = None) -> str:
