@@ -152,9 +152,7 @@ def build_encoders(config: TrainConfig, adapter: PipelineAdapter) -> dict[str, E
     return {name: load_encoder(resolve_path(name)).to(adapter.device) for name in sorted(names)}
 
 
-def check_texts(
-    config: TrainConfig, encoders: Mapping[str, Encoder], batches: PromptBatches | VideoBatches
-) -> None:
+def check_texts(config: TrainConfig, encoders: Mapping[str, Encoder], batches: PromptBatches | VideoBatches) -> None:
     """Refuse prompts that an encoder of the rewards does not read, before any video is made for them.
 
     Words that it does not know are a warning, and so is the packaged encoder beside a pipeline that is not.

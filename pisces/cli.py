@@ -345,7 +345,9 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Videos that are decoded together.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     tiling: Annotated[bool, typer.Option("--tiling", help="The class's own spatial tiles.")] = False,
-    budget: Annotated[str | None, typer.Option(help="Memory, such as 24GB: chooses what fits; the exit code is 2 if nothing does.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Memory, such as 24GB: chooses what fits; the exit code is 2 if nothing does.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With settings of a run: replace one.")
     ] = None,

@@ -17,7 +17,7 @@ def alarms(records: Sequence[Mapping[str, Any]], guards: GuardsConfig) -> list[s
         saturation         > times * that of the first
         watched            < its best so far - distance * its standard deviation over the first validation's videos
 
-    What was a number and is null now (it is not finite any more) is an alarm of its own; what was never measured is none.
+    What was a number and is null now, because it is not finite, is an alarm as well; what was never measured is none.
 
     Args:
         records: of all validations in order, the first of them the base's.

@@ -134,7 +134,7 @@ def test_a_step_moves_the_adapter_alone_and_it_loads(
 
 
 def check_it_loads(adapter: PipelineAdapter, directory: Path, lora: Path) -> None:
-    """A fresh diffusers pipeline with the exported LoRA samples what the trained adapter does, and without it does not."""
+    """A fresh diffusers pipeline samples what the trained adapter does with the exported LoRA, and not without it."""
     noise = adapter.noise(1)
     trained = adapter.sample(PROMPTS[:1], steps=3, noise=noise)
     pipe = DiffusionPipeline.from_pretrained(str(directory), dtype=torch.float32)

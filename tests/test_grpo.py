@@ -216,8 +216,8 @@ def divergence(rate: Tensor, states: Tensor, batch: Batch, generator: torch.Gene
     sigmas, total = torch.linspace(1, 0, 6), torch.zeros(())
     for n in range(4):
         d, x = sigmas[n] - sigmas[n + 1], states[n]
-        drift = -d * x * (rate - 0.3) * (1 + 0.08 * (1 - sigmas[n]) / sigmas[n])  # of the student's mean from the base's
-        total = total + (drift.square() / (2 * 0.16 * d)).mean() / 4
+        apart = d * x * (rate - 0.3) * (1 + 0.08 * (1 - sigmas[n]) / sigmas[n])  # of the student's mean and the base's
+        total = total + (apart.square() / (2 * 0.16 * d)).mean() / 4
     return total
 
 

@@ -270,9 +270,7 @@ def test_prompts_without_a_word_are_refused_before_a_video_is_made(
     build_training(settings(world, tmp_path, **flow))  # no reward reads them
 
 
-def test_what_the_encoder_does_not_know_is_said(
-    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_the_encoder_does_not_know_is_said(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "prompts.txt").write_text("a red zebra\n")
     data = {"prompts": str(tmp_path / "prompts.txt")}
     quick = {"data": data, "validation": {"every": 0}}
