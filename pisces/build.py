@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pisces.algorithms import (
 )
 from pisces.batches import PromptBatches, VideoBatches
 from pisces.config import (
+    PACKAGED,
     ConsistencyConfig,
     DraftConfig,
     FlowMatchingConfig,
@@ -30,18 +33,24 @@ from pisces.config import (
     resolve_path,
 )
 from pisces.data import open_videos, read_prompts
-from pisces.encoders import load_encoder
+from pisces.encoders import Encoder, load_encoder
+from pisces.encoders.base import refused_prompts
+from pisces.encoders.tiny import unknown_words
 from pisces.latent_cache import LatentCache
 from pisces.ot_map import Alignment
 from pisces.pipelines import load_pipeline
 from pisces.pipelines.base import PipelineAdapter
 from pisces.pipelines.files import files_fingerprint
 from pisces.pipelines.trainable import best_device, prepare
-from pisces.processes import join_processes
+from pisces.processes import Processes, join_processes
 from pisces.reference import REFERENCE_FILE, ReferenceVideos, standardized
 from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward
 from pisces.trainer import Trainer
 from pisces.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 3  # refused prompts of a message
 
 
 def build_training(config: TrainConfig) -> Trainer:
@@ -60,9 +69,13 @@ def build_training(config: TrainConfig) -> Trainer:
     config.check_inputs()
     adapter = build_adapter(config, device=join_processes())
     batches = build_batches(config, adapter, build_cache(config, adapter))
+    encoders = build_encoders(config, adapter)
+    check_texts(config, encoders, batches)
     # Before anything is trainable: the rewards' reference batch is drawn from the base model.
-    rewards = build_rewards(config.rewards, config, adapter, batches) if config.algorithm.needs_rewards else None
-    validation = build_validation(config, adapter, batches, rewards)
+    rewards = None
+    if config.algorithm.needs_rewards:
+        rewards = build_rewards(config.rewards, config, adapter, batches, encoders)
+    validation = build_validation(config, adapter, batches, rewards, encoders)
     checkpointing = config.pipeline.gradient_checkpointing
     prepare(adapter, config.lora, seed=config.seed, gradient_checkpointing=checkpointing)
     algorithm = build_algorithm(config, adapter, rewards)
@@ -125,15 +138,76 @@ def build_batches(
     return VideoBatches(videos, adapter, batch_size=size, seed=seed, cache=cache)
 
 
+def reward_sections(config: TrainConfig) -> dict[str, RewardsConfig]:
+    """The sections of rewards that a run computes, by their keys."""
+    sections = {"rewards": config.rewards} if config.algorithm.needs_rewards else {}
+    if config.validation.every and config.validation.watched is not None:
+        sections["validation.watched"] = config.validation.watched
+    return sections
+
+
+def build_encoders(config: TrainConfig, adapter: PipelineAdapter) -> dict[str, Encoder]:
+    """The encoders of all rewards, by the names that the settings have for them; each is loaded once."""
+    names = {settings.encoder for settings in reward_sections(config).values()}
+    return {name: load_encoder(resolve_path(name)).to(adapter.device) for name in sorted(names)}
+
+
+def check_texts(config: TrainConfig, encoders: Mapping[str, Encoder], batches: PromptBatches | VideoBatches) -> None:
+    """Refuse prompts that an encoder of the rewards does not read, before any video is made for them.
+
+    Words that it does not know are a warning, and so is the packaged encoder beside a pipeline that is not.
+
+    Args:
+        config: of the run.
+        encoders: of :func:`build_encoders`.
+        batches: the data.
+
+    Raises:
+        ValueError: naming the section, and number and text of the first few prompts.
+    """
+    validated = validation_prompts(config, batches) if config.validation.every else []
+    for key, settings in reward_sections(config).items():
+        encoder = encoders[settings.encoder]
+        texts: dict[str, list[str]] = {}
+        if key == "rewards":
+            texts["prompts of the data"] = batches.texts
+        elif settings.standardize:
+            texts["prompts of the reference videos"] = first_prompts(batches, settings.reference_batch)
+        texts["validation prompts"] = validated
+        for what, prompts in texts.items():
+            refused = refused_prompts(encoder, prompts)
+            if refused:
+                first, *_ = refused
+                named = ", ".join(f"number {number + 1} {prompts[number]!r}" for number in list(refused)[:_NAMED])
+                raise ValueError(
+                    f"{key}.encoder: {settings.encoder} refuses {len(refused)} of {len(prompts)} {what}: {named}"
+                    f"{' and so on' if len(refused) > _NAMED else ''}. Remove or rewrite them. ({refused[first]})"
+                )
+        if Processes().is_main:
+            if settings.encoder == "packaged" and not config.pipeline.path.startswith(PACKAGED):
+                logger.warning(
+                    "%s.encoder: the packaged small one knows 32-pixel videos of moving shapes and nothing else; "
+                    "name another for other videos.",
+                    key,
+                )
+            note = unknown_words(encoder, [prompt for prompts in texts.values() for prompt in prompts])
+            if note:
+                logger.warning("%s.encoder: %s", key, note)
+
+
 def build_rewards(
-    settings: RewardsConfig, config: TrainConfig, adapter: PipelineAdapter, batches: PromptBatches | VideoBatches
+    settings: RewardsConfig,
+    config: TrainConfig,
+    adapter: PipelineAdapter,
+    batches: PromptBatches | VideoBatches,
+    encoders: Mapping[str, Encoder],
 ) -> CompositeReward:
     """The rewards of a section such as ``config.rewards``.
 
     With ``standardize`` the scale is taken over samples of the model as it is now, for prompts of the data: the
     reward then counts in standard deviations of what the base makes. The output folder remembers it.
     """
-    encoder = load_encoder(resolve_path(settings.encoder)).to(adapter.device)
+    encoder = encoders[settings.encoder]
     alignment = None if settings.ot_map is None else Alignment.load(resolve_path(settings.ot_map)).to(adapter.device)
     parts: dict[str, Reward] = {}
     if settings.quality:
@@ -152,12 +226,15 @@ def build_validation(
     adapter: PipelineAdapter,
     batches: PromptBatches | VideoBatches,
     rewards: CompositeReward | None,
+    encoders: Mapping[str, Encoder],
 ) -> Validation | None:
     """The validation of ``config.validation``; None if it is off."""
     settings = config.validation
     if not settings.every:
         return None
-    watched = None if settings.watched is None else build_rewards(settings.watched, config, adapter, batches)
+    watched = None
+    if settings.watched is not None:
+        watched = build_rewards(settings.watched, config, adapter, batches, encoders)
     return Validation(
         adapter,
         validation_prompts(config, batches),

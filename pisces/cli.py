@@ -331,6 +331,7 @@ def make_tiny(
 @app.command()
 @_reported
 def plan(
+    context: typer.Context,
     vae: Annotated[
         str,
         typer.Argument(
@@ -344,7 +345,9 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Videos that are decoded together.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     tiling: Annotated[bool, typer.Option("--tiling", help="The class's own spatial tiles.")] = False,
-    budget: Annotated[str | None, typer.Option(help="Memory for the decode, such as 24GB: chooses what fits.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Memory, such as 24GB: chooses what fits; the exit code is 2 if nothing does.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With settings of a run: replace one.")
     ] = None,
@@ -352,8 +355,8 @@ def plan(
     """Predict the memory of decoding videos with gradient, for every method of pisces.decode, or of a training step.
 
     Nothing is computed: the operations are run on tensors that have shapes only, at the true size. It takes a minute
-    or a few. Of a decode no weights are read; with a budget, the exit code is 2 if nothing fits. Of a training run the
-    pipeline is read and its text encoders embed the prompts of one batch; videos have the settings' own size.
+    or a few. Of a decode no weights are read. Of a training run the pipeline is read and its text encoders embed the
+    prompts of one batch; size, batch and dtype are the settings' own, and replaced by --set.
 
     Examples:
 
@@ -364,10 +367,16 @@ def plan(
       pisces plan preset:tiny-wan --set data.batch_size=4
     """
     if vae.startswith("preset:") or vae.endswith((".yaml", ".yml")):
-        from pisces.commands.plan import plan_training
+        from pisces.commands.plan import plan_training, refuse_decode_options
         from pisces.config import load_config
 
-        typer.echo(plan_training(load_config(vae, settings or [])))
+        given = {}
+        for name, value in context.params.items():
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                given[name] = value
+        refuse_decode_options(given)
+        typer.echo(plan_training(load_config(vae, settings or []), budget=budget))
         return
     if settings:
         raise ValueError(

@@ -57,6 +57,7 @@ __all__ = [
 ]
 
 PACKAGED, PRESET = "packaged:", "preset:"
+UNSET = "???"  # what a preset leaves to its user
 PRESETS = Path(__file__).parent / "presets"
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -366,6 +367,11 @@ class TrainConfig:
         if self.validation.watched is not None:
             rewarded["validation.watched"] = self.validation.watched
         for key, rewards in rewarded.items():
+            if rewards.encoder == UNSET:
+                raise ValueError(
+                    f"{key}.encoder: say where your encoder is, such as --set {key}.encoder=models/internvideo2; "
+                    "`packaged` knows 32-pixel videos of moving shapes and nothing else."
+                )
             named[f"{key}.encoder"] = rewards.encoder
             named[f"{key}.ot_map"] = rewards.ot_map
         for key, name in named.items():

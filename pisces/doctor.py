@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 State = Literal["ok", "note", "bad"]
-PACKAGES = ("torch", "numpy", "diffusers", "transformers", "peft", "safetensors", "tokenizers", "av", "matplotlib")
+PACKAGES = (
+    *("torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "av"),
+    *("braceexpand", "einops", "matplotlib", "pillow", "pyyaml", "psutil", "tensorboard", "tqdm", "typer", "rich"),
+    "ftfy",
+)
 CHECKPOINTS = ("encoder", "wan-base", "wan-good")
 NEEDED_BYTES = 2**30  # a demo with its checkpoints and videos stays below
 

@@ -17,6 +17,8 @@ def alarms(records: Sequence[Mapping[str, Any]], guards: GuardsConfig) -> list[s
         saturation         > times * that of the first
         watched            < its best so far - distance * its standard deviation over the first validation's videos
 
+    What was a number and is null now, because it is not finite, is an alarm as well; what was never measured is none.
+
     Args:
         records: of all validations in order, the first of them the base's.
         guards: the limits.
@@ -31,14 +33,22 @@ def alarms(records: Sequence[Mapping[str, Any]], guards: GuardsConfig) -> list[s
     found = []
     # A run whose first validation came later has nothing of the base to compare with.
     for name in ("sharpness", "motion", "saturation") if first["step"] == 0 else ():
-        limit, before, now = getattr(guards, name), first.get(name), last.get(name)
-        if limit is None or not before or now is None:
+        limit, before = getattr(guards, name), first.get(name)
+        if limit is None or before is None or name not in last:
+            continue
+        now = last[name]
+        if now is None:
+            found.append(f"{name} is not finite, {before:.3g} for the base model")
+            continue
+        if before == 0:
             continue
         share = now / before
         if share > limit if name == "saturation" else share < limit:
             found.append(f"{name} {now:.3g} is {share:.0%} of the base model, limit {limit:.0%}".replace("%", " %"))
     scores = [record["watched"] for record in records if record.get("watched") is not None]
     spread = first.get("watched_std")
+    if guards.watched is not None and scores and last.get("watched", scores[0]) is None:
+        found.append(f"the watched rewards are not finite, {max(scores):.3g} at their best")
     if guards.watched is not None and spread and last.get("watched") is not None:
         lost = (max(scores) - last["watched"]) / spread
         if lost > guards.watched:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import logging
+import shutil
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,8 +19,13 @@ from pisces.pipelines.base import PipelineAdapter
 from pisces.processes import Processes
 from pisces.rewards import CompositeReward, Reward, Standardized
 from pisces.state import step_generator, write_text
+from pisces.tensor_files import read_safetensors
+from pisces.video import atomic_path
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_FILE = "reference.json"
+PARTS_FOLDER = "reference-parts"
 
 # Apart from the noise of the steps, whose generators are seeded by (seed, step, part).
 _NOISE_TAG = 0x5CA1E
@@ -50,7 +59,7 @@ class ReferenceVideos:
         self.size = dict(size)
         self.seed = seed
 
-    def __call__(self, numbers: range) -> Iterator[tuple[Tensor, list[str]]]:
+    def __call__(self, numbers: Container[int]) -> Iterator[tuple[Tensor, list[str]]]:
         """Frames [B, T, C, H, W] and prompts of some of the parts; they do not depend on which others are wanted."""
         generator = step_generator(self.seed, _NOISE_TAG, 0, 0)
         for number, part in enumerate(self.parts):
@@ -71,7 +80,8 @@ def standardized(
     """The rewards with mean 0 and standard deviation 1 over reference videos.
 
     The videos are made part by part (64 of 81 x 480 x 832 would take 25 GB), divided among the processes, and only
-    once: a file keeps the scale for the runs that go on from this one.
+    once: a file keeps the scale for the runs that go on from this one. Until all are made, a folder beside it keeps the
+    rewards of each part, so that a run that is killed goes on from there.
 
     Args:
         rewards: name -> reward.
@@ -84,27 +94,48 @@ def standardized(
     # What the first process says: another may look when the file has just been written.
     scale = processes.gather(_read(file).get(key))[0]
     if scale is None:
-        scale = _measure(CompositeReward(rewards, dict.fromkeys(rewards, 1.0)), videos, processes)
+        parts = file.parent / PARTS_FOLDER / hashlib.sha256(key.encode()).hexdigest()[:16]
+        scale = _measure(CompositeReward(rewards, dict.fromkeys(rewards, 1.0)), videos, processes, parts)
         if processes.is_main:
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(_read(file) | {key: scale}, indent=1) + "\n")
+            shutil.rmtree(parts)
+            if not any(parts.parent.iterdir()):
+                parts.parent.rmdir()
     return {name: Standardized(reward, *scale[name]) for name, reward in rewards.items()}
 
 
-def _measure(rewards: CompositeReward, videos: ReferenceVideos, processes: Processes) -> dict[str, tuple[float, float]]:
-    """Name -> (mean, standard deviation)."""
-    mine = processes.share(len(videos.parts))
+def _measure(
+    rewards: CompositeReward, videos: ReferenceVideos, processes: Processes, folder: Path
+) -> dict[str, tuple[float, float]]:
+    """Name -> (mean, standard deviation); what the folder has of an earlier call is not made again."""
+    # What the first process says, as above: the missing parts are divided by one list.
+    found = processes.gather(_read_parts(folder))[0]
+    missing = [number for number in range(len(videos.parts)) if number not in found]
+    mine = [missing[place] for place in processes.share(len(missing))]
     terms: dict[int, dict[str, Tensor]] = {}
     parts = tqdm(videos(mine), desc="reference videos", total=len(mine), unit="part", disable=None, leave=False)
     for number, (frames, prompts) in zip(mine, parts, strict=True):
-        terms[number] = {name: value.cpu() for name, value in rewards.terms(frames, prompts).items()}
+        terms[number] = {name: value.cpu().clone() for name, value in rewards.terms(frames, prompts).items()}
+        with atomic_path(folder / f"{number}.safetensors") as temporary:
+            save_file(terms[number], temporary)
         del frames
-    found = {number: values for part in processes.gather(terms) for number, values in part.items()}
+    found |= {number: values for part in processes.gather(terms) for number, values in part.items()}
     scale = {}
     for name, reward in rewards.rewards.items():
         whole = Standardized.over(reward, torch.cat([found[number][name] for number in range(len(videos.parts))]))
         scale[name] = (float(whole.mean), float(whole.std))
     return scale
+
+
+def _read_parts(folder: Path) -> dict[int, dict[str, Tensor]]:
+    """The rewards of the parts that are made, by number."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        try:
+            found[int(path.stem)], _ = read_safetensors(path, "reference")
+        except ValueError as error:  # a machine that lost power: the part is made again
+            logger.warning("%s; these videos are made again", error)
+    return found
 
 
 def _read(file: Path) -> dict[str, Any]:

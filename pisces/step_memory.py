@@ -24,8 +24,9 @@ class StepMemory:
     Attributes:
         weights_bytes: of the pipeline and of a frozen copy of the denoiser, if there is one.
         optimizer_bytes: gradients, both moments of AdamW and averaged weights.
-        peak_bytes: most bytes alive at a time of what a step makes besides: states, activations, frames. Gradients are
-            counted here as well while they are made; the reward's own memory and kernels' workspaces come on top.
+        peak_bytes: most bytes alive at a time of what a step makes besides: states, activations, frames. The
+            reward's own memory and kernels' workspaces come on top; AdamW on a GPU takes the size of the trained
+            weights once more, when these are gone.
     """
 
     weights_bytes: int
@@ -71,10 +72,16 @@ def predict_step(adapter: PipelineAdapter, algorithm: Algorithm, batch: Batch, *
     trained = sum(p.nbytes for p in trained_parameters(adapter).values())
     adapter.encode_prompts([*batch.prompts, ""])
     adapter.prompt_memory.move("meta")
+    there: list[Tensor] = []
     for module in (*adapter.denoisers.values(), *copies, adapter.vae):
         module.to("meta")
+        there += [*module.parameters(), *module.buffers()]
+    # Gradients are there from the first micro-batch on: the meter is to see what is added to them only.
+    for parameter in trained_parameters(adapter).values():
+        parameter.grad = torch.zeros_like(parameter)
+        there.append(parameter.grad)
     try:
-        with TensorMeter() as meter, _fused_attention():
+        with TensorMeter(there) as meter, _fused_attention():
             loss, _ = algorithm.loss(batch, torch.Generator().manual_seed(0))
             loss.backward()
     except RuntimeError as error:

@@ -96,7 +96,7 @@ class Validation:
         Returns:
             step, the mean of every reward (``reward/NAME``; ``reward`` is their weighted sum), of every watched one
             (``watched/NAME``, ``watched``, and its standard deviation ``watched_std``), of every measure, and seconds;
-            None if it was given up.
+            None in the place of what is not finite. None as a whole if it was given up.
         """
         started = time.perf_counter()
         folder = validation_dir(output, step)
@@ -107,7 +107,9 @@ class Validation:
                 break
             frames = self._video(number)
             mine[number] = {name: float(value) for name, value in self._scores(frames, number).items()}
-            write_video(folder / f"{number:04d}.mp4", frames[0].cpu(), fps=rate, lossless=False)
+            # A file has no NaN: broken pixels are black in it, and its numbers in the record are null.
+            shown = frames[0].cpu().nan_to_num(nan=0.0)
+            write_video(folder / f"{number:04d}.mp4", shown, fps=rate, lossless=False)
         parts = self.processes.gather((mine, stop()))
         if any(given_up for _, given_up in parts):
             return None

@@ -122,31 +122,57 @@ def test_frames_and_latents_of_a_batch_are_the_same_videos(adapter: WanAdapter, 
 # ---------------------------------------------------------------------- one step
 
 
-def test_one_step_rewards_x_minus_sigma_v(adapter: WanAdapter, seed: int) -> None:
-    rewards = LinearReward(seed)
-    base = FrozenBase(adapter)
+@pytest.mark.parametrize("anchor_weight", [0.0, 1e4])  # the reward's gradient, and beside that the anchor's
+def test_one_step_is_the_formula_in_float64(adapter: WanAdapter, seed: int, anchor_weight: float) -> None:
+    """With diffusers' own denoiser, decoder and noise levels, without the adapter."""
+    rewards, base = LinearReward(seed), FrozenBase(adapter)
+    teacher = copy.deepcopy(adapter.transformer).double()
     disturb(adapter, 0.02)
+    student, vae = (copy.deepcopy(part).double() for part in (adapter.transformer, adapter.vae))
     x0 = torch.randn(2, 16, 3, 4, 4)
-    loss, logs = OneStep(adapter, rewards, base, steps=6, anchor_weight=2.0).loss(
-        Batch(PROMPTS[:2], latents=x0), rng(seed)
+    algorithm = OneStep(adapter, rewards, base, steps=6, anchor_weight=anchor_weight)
+    loss, logs = algorithm.loss(Batch(PROMPTS[:2], latents=x0), rng(seed))
+    scheduler: Any = copy.deepcopy(adapter.pipe.scheduler)
+    scheduler.set_timesteps(6)
+    (embeds,) = adapter.encode_prompts(PROMPTS[:2]).values()
+
+    def velocity(model: Any, x: Tensor, sigma: Tensor) -> Tensor:
+        output: Tensor = model(
+            hidden_states=x,
+            timestep=1000 * sigma.flatten(),
+            encoder_hidden_states=embeds.double(),
+            return_dict=False,
+        )[0]
+        return output
+
+    generator = rng(seed)
+    noise = torch.randn(x0.shape, generator=generator).double()
+    n = torch.randint(6, (2,), generator=generator).view(2, 1, 1, 1, 1)
+    levels = scheduler.sigmas.double()
+    s, s_next = levels[n], levels[n + 1]
+    x = s * noise + (1 - s) * x0.double()
+    estimate = x - s * velocity(student, x, s)
+    mean, std = (
+        torch.tensor(vae.config[f"latents_{key}"], dtype=torch.float64).view(-1, 1, 1, 1) for key in ("mean", "std")
     )
-    g = rng(seed)
-    noise = torch.randn(x0.shape, generator=g)
-    n = torch.randint(6, (2,), generator=g)
-    sigma = adapter.sigmas(6)[n]
-    s = sigma.view(2, 1, 1, 1, 1)
-    x = s * noise + (1 - s) * x0
-    embeds = adapter.encode_prompts(PROMPTS[:2])
-    v = adapter.velocity(x, sigma, embeds)
-    frames = adapter.decode(x - s * v)
-    torch.testing.assert_close(rewards.seen[0], frames, rtol=0, atol=1e-5)
-    index_next = adapter.sigmas(6)[n + 1]
-    y = x + (index_next - sigma).view(2, 1, 1, 1, 1) * base.velocity(x, sigma, embeds)
-    y0 = y - index_next.view(2, 1, 1, 1, 1) * adapter.velocity(y, index_next, embeds)
-    anchor = (((x - s * v) - y0).square() + 1e-6).sqrt().sub(1e-3).mean()
-    torch.testing.assert_close(logs["consistency"], anchor.detach())
-    torch.testing.assert_close(loss, -rewards.total(frames) + 2.0 * anchor, rtol=1e-4, atol=1e-4)
-    assert logs["reward"] == pytest.approx(float(rewards.total(frames).detach()), rel=1e-4, abs=1e-4)
+    frames = (vae.decode(estimate * std + mean, return_dict=False)[0] / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+    inner = (frames * rewards.direction.double()).sum((1, 2, 3, 4))
+    reward = 0.7 * inner.mean() - 0.2 * frames.mean()
+    with torch.no_grad():
+        y = x + (s_next - s) * velocity(teacher, x, s)
+        target = y - s_next * velocity(student, y, s_next)
+    anchor = ((estimate - target).square() + 1e-6).sqrt().sub(1e-3).mean()
+
+    assert float(logs["reward"]) == pytest.approx(float(reward.detach()), rel=1e-4, abs=1e-2)  # a sum of 27,648 pixels
+    if anchor_weight:
+        assert float(logs["consistency"]) == pytest.approx(float(anchor.detach()), rel=1e-4, abs=1e-6)
+    total = anchor_weight * anchor - reward
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-4, abs=1e-2)
+    ours = flat(gradients(adapter, loss)).double()
+    names, parameters = zip(*student.named_parameters(), strict=True)
+    slopes = torch.autograd.grad(total, parameters, allow_unused=True)
+    wanted = flat({name: slope for name, slope in zip(names, slopes, strict=True) if slope is not None})
+    assert float((ours - wanted).norm() / wanted.norm()) < 1e-3
 
 
 def test_one_step_without_anchor_is_the_reward_alone(adapter: WanAdapter, seed: int) -> None:

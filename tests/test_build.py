@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,19 @@ def test_source_distribution_holds_everything_that_the_build_reads(tmp_path):
     missing = (wanted | {"setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE"}) - names
     assert not missing
     assert not [name for name in names if name.endswith(".so")]
+
+
+def test_the_versions_that_were_tested_are_within_the_bounds():
+    tested = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints.txt").read_text().lower(), re.MULTILINE))
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    bounds = dict(re.findall(r"^([\w-]+)>=([\d.]+)$", "\n".join(required), re.MULTILINE))
+    assert bounds.keys() >= {"torch", "diffusers", "transformers", "peft", "accelerate"}
+    for name, bound in bounds.items():
+        assert version(tested[name]) >= version(bound), name
+
+
+def version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
 
 
 def test_a_build_says_what_it_lacks(tmp_path):

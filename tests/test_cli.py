@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import av
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny_wan import build_tiny_wan
 
 from pisces.data import VideoFolder, read_prompts, read_video, write_metadata, write_video
-from pisces.doctor import diagnose
+from pisces.doctor import PACKAGES, diagnose
 
 COMMANDS = [
     "demo",
@@ -402,6 +404,11 @@ def test_doctor_tells_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     result = run("doctor")
     assert result.exit_code == 1
     assert "pisces world train-checkpoints" in result.stdout
+
+
+def test_doctor_looks_for_all_that_is_required() -> None:
+    required = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert set(PACKAGES) == {re.split(r"[^\w-]", requirement)[0] for requirement in required}
 
 
 def test_the_world_is_written_by_seed(tmp_path: Path) -> None:

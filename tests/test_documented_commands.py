@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from pisces.cli import app
+from pisces.config import PRESET, PRESETS, TrainConfig
+from pisces.sections import override
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
@@ -25,6 +29,19 @@ def documented(page: str) -> list[str]:
             found = re.match(r"(?:\$ )?(?:.* -m )?pisces (.*)", line)
             lines += [found[1]] if found else []
     return lines
+
+
+def settings_of(line: str) -> TrainConfig | None:
+    """The settings that a line of `train`, `plan` or `encode` with --set asks for, of files that need not be there."""
+    command, *words = shlex.split(re.sub(r"[\[\]]", " ", line), comments=True)
+    if command not in ("train", "plan", "encode") or "--set" not in words:
+        return None
+    file = PRESETS / f"{words[0].removeprefix(PRESET)}.yaml" if words[0].startswith(PRESET) else ROOT / words[0]
+    values = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    for word, setting in itertools.pairwise(words):
+        if word == "--set":
+            override(values, setting)
+    return TrainConfig.from_dict(values)
 
 
 def taken(line: str) -> bool:
@@ -47,6 +64,17 @@ def taken(line: str) -> bool:
 def test_documented_commands_are_taken(page: str, capfd: pytest.CaptureFixture[str]) -> None:
     for line in documented(page):
         assert taken(line), f"pisces {line}\n{capfd.readouterr().err}"
+
+
+def test_documented_settings_are_taken() -> None:
+    lines = [line for page in PAGES for line in documented(page)]
+    assert sum(settings_of(line) is not None for line in lines) >= 5
+    settings = settings_of("plan preset:wan-1.3b --budget 80GB --set pipeline.n_frames=41  # a remark")
+    assert settings is not None
+    assert (settings.pipeline.n_frames, settings.pipeline.height) == (41, 480)
+    for wrong in ("plan a.yaml --set pipeline.frames=41", "train preset:tiny-wan --set algorithm.phases=2"):
+        with pytest.raises(ValueError, match="unknown key"):
+            settings_of(wrong)
 
 
 def test_the_lines_are_found_and_wrong_ones_are_not_taken() -> None:

@@ -191,6 +191,58 @@ def test_the_divergence_from_the_base_is_that_of_two_normals(seed: int) -> None:
     assert min(abs(float(logs["kl"]) - value) / value for value in candidates) < 1e-3
 
 
+@pytest.mark.parametrize("term", ["kl_weight", "anchor_weight", "gradient_weight"])
+def test_each_further_term_enters_the_loss_by_its_weight(term: str, seed: int) -> None:
+    batch = Batch(["a", "b"], latents=torch.randn(2, 3, 2, 2, 2))
+    found = []
+    for weight in (0.0, 3.0):
+        algorithm = make_line(updates=2, **{term: weight})
+        algorithm.loss(batch, rng(seed))
+        rate: Tensor = algorithm.adapter.rate  # type: ignore[attr-defined]
+        with torch.no_grad():
+            rate.add_(0.2)  # the samples are those of the base, the student is another
+        loss, _ = algorithm.loss(batch, rng(seed + 1))
+        found.append((loss.detach(), *torch.autograd.grad(loss, rate)))
+    leaf, generator = torch.tensor(0.5, requires_grad=True), rng(seed + 1)
+    torch.randperm(4, generator=generator)  # of the steps, which are all trained
+    wanted = 3.0 * TERMS[term](leaf, algorithm.rollouts[0].states, batch, generator)
+    (slope,) = torch.autograd.grad(wanted, leaf)
+    for difference, value in zip((b - a for a, b in zip(*found, strict=True)), (wanted.detach(), slope), strict=True):
+        assert float(difference) == pytest.approx(float(value), rel=1e-3, abs=1e-4)
+
+
+def divergence(rate: Tensor, states: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    """From the base's steps: normal distributions of one spread."""
+    sigmas, total = torch.linspace(1, 0, 6), torch.zeros(())
+    for n in range(4):
+        d, x = sigmas[n] - sigmas[n + 1], states[n]
+        apart = d * x * (rate - 0.3) * (1 + 0.08 * (1 - sigmas[n]) / sigmas[n])  # of the student's mean and the base's
+        total = total + (apart.square() / (2 * 0.16 * d)).mean() / 4
+    return total
+
+
+def consistency(rate: Tensor, states: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Of real videos, at a random one of 50 levels; one phase, which ends at 0."""
+    assert batch.latents is not None
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    n = torch.randint(50, (2,), generator=generator).view(2, 1, 1, 1, 1)
+    s, s_next = 1 - n / 50, 1 - (n + 1) / 50
+    x = s * noise + (1 - s) * batch.latents
+    y = x * (1 + (s_next - s) * 0.3)
+    apart = x * (1 - s * rate) - (y * (1 - s_next * rate)).detach()
+    return ((apart.square() + 1e-6).sqrt() - 1e-3).mean()
+
+
+def direct_reward(rate: Tensor, states: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Minus that of the first sample of each group, as one prediction at a random step estimates it."""
+    n = int(torch.randint(4, (), generator=generator))
+    x0 = states[n, ::4] * (1 - (1 - n / 5) * rate)
+    return -0.7 * x0.mean() + 0.2 * x0[:, 0].square().mean()
+
+
+TERMS = {"kl_weight": divergence, "anchor_weight": consistency, "gradient_weight": direct_reward}
+
+
 def make_rollout_states(seed: int) -> Tensor:
     algorithm = make_line(updates=2)
     algorithm.loss(Batch(["a"]), rng(seed))

@@ -145,6 +145,49 @@ def test_the_scale_of_the_rewards_is_found_once_a_run(
     assert len(calls) == 8
 
 
+def test_a_killed_reference_goes_on_and_is_the_same(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decode, left = PipelineAdapter.decode, [99]
+
+    def mortal(adapter: PipelineAdapter, latents: torch.Tensor) -> torch.Tensor:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return decode(adapter, latents)
+
+    monkeypatch.setattr(PipelineAdapter, "decode", mortal)
+    reference = {"encoder": str(world / "encoder"), "reference_batch": 7}  # in four parts
+    watched = reference | {"quality": 0}
+    sections = {"rewards": reference, "validation": {"every": 1, "n": 1, "watched": watched}}
+    build_training(settings(world, tmp_path / "whole", **sections))
+    assert left == [99 - 8]
+    parts = tmp_path / "parts" / "reference-parts"
+    for lives, n_there in ((1, 1), (0, 1), (2, 3)):
+        left[0] = lives
+        with pytest.raises(KeyboardInterrupt):
+            build_training(settings(world, tmp_path / "parts", **sections))
+        assert len(list(parts.glob("*/*.safetensors"))) == n_there
+        assert not (tmp_path / "parts" / "reference.json").exists()
+    left[0] = 99
+    build_training(settings(world, tmp_path / "parts", **sections))
+    assert left == [99 - 1 - 4]
+    whole, resumed = (json.loads((tmp_path / name / "reference.json").read_text()) for name in ("whole", "parts"))
+    assert resumed == whole
+    assert len(whole) == 2
+    assert not parts.exists()
+    # A part that a disk damaged is made again, and it alone.
+    left[0] = 3
+    with pytest.raises(KeyboardInterrupt):
+        build_training(settings(world, tmp_path / "torn", **sections))
+    next((tmp_path / "torn" / "reference-parts").glob("*/1.safetensors")).write_bytes(b"half")
+    left[0] = 99
+    build_training(settings(world, tmp_path / "torn", **sections))
+    assert left == [99 - 2 - 4]
+    assert json.loads((tmp_path / "torn" / "reference.json").read_text()) == whole
+    assert any("1.safetensors" in record.getMessage() for record in caplog.records)
+
+
 def test_parts_of_the_reference_do_not_depend_on_who_makes_them(world: Path, tmp_path: Path) -> None:
     config = settings(world, tmp_path)
     adapter = load_pipeline(world / "wan")
@@ -201,6 +244,46 @@ def test_bad_videos_and_prompts_are_named(world: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n \n")
     with pytest.raises(ValueError, match=r"prompts\.txt"):
         run_training(settings(world, tmp_path, data={"prompts": str(tmp_path / "prompts.txt")}))
+
+
+def test_prompts_without_a_word_are_refused_before_a_video_is_made(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(adapter: PipelineAdapter, latents: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a video was made")
+
+    monkeypatch.setattr(PipelineAdapter, "decode", decode)
+    good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
+    good.write_text("a red square\na circle\n")
+    bad.write_text("a red square\n!!!\na circle\n\U0001f600\n...\n?\n")
+    named = r"refuses 4 of 6 {}: number 2 '!!!', number 4 '\U0001f600', number 5 '\.\.\.' and so on\. .*one word"
+    with pytest.raises(ValueError, match=r"^rewards\.encoder: .*" + named.format("prompts of the data")):
+        build_training(settings(world, tmp_path, data={"prompts": str(bad)}))
+    validation = {"every": 1, "n": 6, "prompts": str(bad)}
+    with pytest.raises(ValueError, match=r"^rewards\.encoder: .*" + named.format("validation prompts")):
+        build_training(settings(world, tmp_path, data={"prompts": str(good)}, validation=validation))
+    # Rewards that are only watched read the prompts of the validation.
+    flow = {"algorithm": {"name": "flow_matching"}, "validation": validation}
+    watched = {"encoder": str(world / "encoder"), "standardize": False}
+    with pytest.raises(ValueError, match=r"^validation\.watched\.encoder: .*" + named.format("validation prompts")):
+        build_training(settings(world, tmp_path, **flow | {"validation": validation | {"watched": watched}}))
+    build_training(settings(world, tmp_path, **flow))  # no reward reads them
+
+
+def test_what_the_encoder_does_not_know_is_said(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "prompts.txt").write_text("a red zebra\n")
+    data = {"prompts": str(tmp_path / "prompts.txt")}
+    quick = {"data": data, "validation": {"every": 0}}
+    build_training(settings(world, tmp_path, **quick, rewards={"encoder": "packaged", "standardize": False}))
+    small, words = (record.getMessage() for record in caplog.records if record.name == "pisces.build")
+    assert "32-pixel videos of moving shapes" in small
+    assert "1 of 3 words are unknown" in words
+    # Neither where the words are known and the encoder is one's own.
+    caplog.clear()
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    own = {"encoder": str(world / "encoder"), "standardize": False}
+    build_training(settings(world, tmp_path, **quick, rewards=own))
+    assert not [record for record in caplog.records if record.name == "pisces.build"]
 
 
 def test_videos_of_shards_and_of_another_size_are_trained_on(world: Path, tmp_path: Path) -> None:

@@ -225,6 +225,36 @@ def test_numbers_that_are_not_finite_are_null(wan_dir: Path, tmp_path: Path) -> 
     assert good["watched"] == pytest.approx(2.1)
 
 
+def test_a_broken_video_is_an_alarm_and_no_end_of_the_run(
+    wan_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From step 2 on one of the two videos is NaN: it is written, counts as null, and is no reason not to resume."""
+    video = Validation._video
+
+    def broken(self: Validation, number: int) -> Tensor:
+        frames = video(self, number)
+        if number == 1 and trainer.step >= 2:
+            frames[:, :, :, 5] = math.nan
+        return frames
+
+    monkeypatch.setattr(Validation, "_video", broken)
+    guards = GuardsConfig(patience=2)
+    trainer = make(wan_dir, tmp_path, steps=3, guards=guards)
+    with caplog.at_level(logging.WARNING, logger="pisces.trainer"):
+        trainer.fit()
+    base, bad, last = records(tmp_path)
+    assert all(base[name] is not None for name in ("reward", *MEASURES))
+    assert all(record[name] is None for record in (bad, last) for name in ("reward", *MEASURES))
+    assert len(VideoFolder(tmp_path / "validation" / "step-00000002")) == 2
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("sharpness is not finite" in message for message in messages) == 2
+    assert "2 validations in a row with an alarm" in messages[-1]
+    # The run goes on from there; the guards are a free setting.
+    trainer = make(wan_dir, tmp_path, steps=4)
+    trainer.fit()
+    assert [record["step"] for record in records(tmp_path)] == [0, 2, 3, 4]
+
+
 def test_nothing_to_validate_is_refused(wan_dir: Path) -> None:
     with pytest.raises(ValueError, match="got 0 prompts every 2 steps"):
         Validation(WanAdapter.from_pretrained(wan_dir), [], every=2)
@@ -265,8 +295,20 @@ def test_alarms_count_without_a_break() -> None:
 
 
 def test_what_was_not_measured_is_no_alarm() -> None:
-    still = BASE | {"motion": 0.0, "watched_std": 0.0, "watched": None}
-    assert alarms([still, still | {"motion": 0.0, "sharpness": None}], GuardsConfig()) == []
+    still = BASE | {"motion": 0.0, "watched_std": 0.0, "watched": None, "sharpness": None}
+    assert alarms([still, still], GuardsConfig()) == []
+    without = {name: value for name, value in BASE.items() if name in ("step", "saturation")}
+    assert alarms([without, without], GuardsConfig()) == []
+    assert alarms([BASE, without], GuardsConfig()) == []
+
+
+@pytest.mark.parametrize("name", ["sharpness", "motion", "saturation", "watched"])
+def test_what_was_measured_and_is_not_finite_any_more_is_an_alarm(name: str) -> None:
+    (sentence,) = alarms([BASE, BASE | {name: None}], GuardsConfig())
+    assert name in sentence
+    assert "not finite" in sentence
+    assert alarms([BASE, BASE | {name: None}], dataclasses.replace(GuardsConfig(), **{name: None})) == []
+    assert alarms_in_a_row([BASE, BASE | {name: None}, BASE | {name: None}], GuardsConfig()) == 2
 
 
 # ---------------------------------------------------------------------- logs

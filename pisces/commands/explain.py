@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pisces.commands.inputs import choose_device, transport_name
-from pisces.commands.score import unknown_words
 from pisces.config import resolve_path
 from pisces.encoders import load_encoder, read_options
 from pisces.encoders.base import refused_prompts
+from pisces.encoders.tiny import unknown_words
 from pisces.heatmaps import heat_maps
 from pisces.page import Block, Image, Table, Text, html_page
 from pisces.rewards import Explanation, Transport

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from pisces.pipelines import prepare
 from pisces.step_memory import MeanReward, predict_step
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# What a run's settings say in the place of the command's options; they have no spatial tiles.
+SETTINGS = {
+    "frames": "pipeline.n_frames",
+    "height": "pipeline.height",
+    "width": "pipeline.width",
+    "batch": "data.batch_size",
+    "dtype": "pipeline.vae_dtype",
+    "tiling": None,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,19 +86,39 @@ def plan(
     return "\n".join(lines)
 
 
-def plan_training(config: TrainConfig) -> str:
+def refuse_decode_options(given: Mapping[str, Any]) -> None:
+    """Refuse options that are meant for an autoencoder where there are settings of a run.
+
+    Args:
+        given: the command's options as they were written, by name; those that a run has, too, are passed over.
+
+    Raises:
+        ValueError: naming the options, and the settings that say the same.
+    """
+    wrong = [name for name in SETTINGS if name in given]
+    if not wrong:
+        return
+    settings = [f"--set {key}={given[name]}" for name in wrong if (key := SETTINGS[name]) is not None]
+    advice = f"Write {' '.join(settings)}." if settings else "A run decodes without tiles: leave it out."
+    options = ", ".join(f"--{name}" for name in wrong)
+    raise ValueError(f"plan: got {options} with settings of a run, which have their own. {advice}")
+
+
+def plan_training(config: TrainConfig, *, budget: str | None = None) -> str:
     """The memory of a training step, of the process that makes it.
 
     Args:
         config: of the run; its pipeline is read, its rewards are not.
+        budget: memory for the whole, such as "24GB"; None compares with nothing.
 
     Returns:
         Text.
 
     Raises:
-        ValueError: if the settings do not fit together, or the denoiser cannot be run on shapes.
+        ValueError: if the settings do not fit together, the denoiser cannot be run on shapes, or it does not fit.
         FileNotFoundError: if a file that the settings name is not there.
     """
+    limit = None if budget is None else bytes_of(budget)
     config = dataclasses.replace(config, pipeline=dataclasses.replace(config.pipeline, device="cpu"))
     adapter = build_adapter(config)
     # No video is opened, and no cache filled for another device than the run's.
@@ -100,19 +130,27 @@ def plan_training(config: TrainConfig) -> str:
     found = predict_step(adapter, algorithm, batch, ema=config.optimizer.ema_decay > 0)
     n_frames, height, width = adapter.video_size(**video_size(config))
     total = found.weights_bytes + found.optimizer_bytes + found.peak_bytes
+    if limit is not None and total > limit:
+        raise ValueError(
+            f"plan: the step takes {size_text(total)}, expected at most {size_text(limit)}: weights "
+            f"{size_text(found.weights_bytes)}, gradients and moments {size_text(found.optimizer_bytes)}, the rest "
+            f"{size_text(found.peak_bytes)}. Choose fewer frames (--set pipeline.n_frames=...), a smaller picture, "
+            "pipeline.gradient_checkpointing=true, a smaller lora.rank, or bfloat16."
+        )
     what = f"{config.algorithm.name}, {len(batch.prompts)} x {n_frames} frames of {height} x {width}"
-    return "\n".join(
-        [
-            f"{type(adapter).__name__}, {what}",
-            "",
-            f"{'weights':<46}{size_text(found.weights_bytes):>12}",
-            f"{'gradients, moments, averages':<46}{size_text(found.optimizer_bytes):>12}",
-            f"{'states, activations, frames at the peak':<46}{size_text(found.peak_bytes):>12}",
-            f"{'together':<46}{size_text(total):>12}",
-            "",
-            "Predicted from shapes. On top come the rewards' own networks and activations and the kernels' workspaces.",
-        ]
-    )
+    lines = [
+        f"{type(adapter).__name__}, {what}",
+        "",
+        f"{'weights':<46}{size_text(found.weights_bytes):>12}",
+        f"{'gradients, moments, averages':<46}{size_text(found.optimizer_bytes):>12}",
+        f"{'states, activations, frames at the peak':<46}{size_text(found.peak_bytes):>12}",
+        f"{'together':<46}{size_text(total):>12}",
+        "",
+        "Predicted from shapes. On top come the rewards' own networks and activations and the kernels' workspaces.",
+    ]
+    if limit is not None:
+        lines.append(f"Of {size_text(limit)} that leaves them {size_text(limit - total)}.")
+    return "\n".join(lines)
 
 
 def bytes_of(text: str) -> int:

@@ -23,6 +23,7 @@ from pisces.commands.leverage import evenly, measured, print_leverage
 from pisces.config import resolve_path
 from pisces.data import VideoReadError, atomic_path
 from pisces.encoders import load_encoder, read_options
+from pisces.encoders.tiny import unknown_words
 from pisces.ot_map import Alignment
 from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, Transport
 from pisces.rewards.base import check_match_head
@@ -221,19 +222,6 @@ def _seen_from(folder: Path, file: str) -> str:
     return os.path.relpath(
         os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file)), os.path.realpath(folder)
     )
-
-
-def unknown_words(model: Any, prompts: Sequence[str]) -> str:
-    """A remark on words that a word-level encoder has never seen, empty where there are none."""
-    known = getattr(model, "word_index", None)
-    if known is None:
-        return ""
-    from pisces.encoders.tiny import PAD, SEP, UNK
-
-    ids = model.token_ids(sorted(set(prompts)))
-    words = int(((ids != known[PAD]) & (ids != known[SEP])).sum())
-    unknown = int((ids == known[UNK]).sum())
-    return f"{unknown} of {words} words are unknown to this encoder and look alike to it." if unknown else ""
 
 
 def _print(scores: Scores, *, note: str, packaged: bool, what: str) -> None:

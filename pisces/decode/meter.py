@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ class TensorMeter(TorchDispatchMode):
     """Counts the bytes of all storages that are made inside the block and still alive.
 
     What kernels use inside themselves (workspaces, an allocator's rounding) is not seen.
+
+    Args:
+        there: tensors that were made before: one that is looked at through a view (every linear layer's weight is) or
+            changed in place would be taken for a new one otherwise.
 
     Attributes:
         peak: most bytes alive at a time.
@@ -30,10 +35,10 @@ class TensorMeter(TorchDispatchMode):
         8000
     """
 
-    def __init__(self) -> None:
+    def __init__(self, there: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.peak = self.alive = self.flops = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in there)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and count what it made."""

@@ -353,3 +353,22 @@ def _read_config(file: Path) -> TinyEncoderConfig:
         return TinyEncoderConfig(vocabulary=tuple(words), **settings)
     except ValueError as error:
         raise ValueError(f"{who}: {file} does not fit. {error}") from error
+
+
+def unknown_words(encoder: Any, prompts: Sequence[str]) -> str:
+    """A remark on words that a word-level encoder has never seen.
+
+    Args:
+        encoder: any; one that does not read whole words knows them all.
+        prompts: at least one.
+
+    Returns:
+        A sentence, empty where there are none.
+    """
+    known = getattr(encoder, "word_index", None)
+    if known is None:
+        return ""
+    with warnings.catch_warnings(action="ignore"):  # that a prompt is cut is said when it is used
+        words = [word for text in encoder.token_texts(sorted(set(prompts))) for word in text]
+    unknown = sum(word not in known for word in words)
+    return f"{unknown} of {len(words)} words are unknown to this encoder and look alike to it." if unknown else ""
