@@ -100,12 +100,17 @@ def test_the_wider_dtype_is_computed_in(kind: Kind, given: torch.dtype, own: tor
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reward_in_16_bits_takes_every_kind(kind: Kind, seed: int) -> None:
+def test_a_reward_takes_every_kind_in_every_dtype(kind: Kind, seed: int) -> None:
     frames, prompts = some_videos(2, seed)
-    reward = QualityReward(tiny_encoder(), example(kind, 8)).bfloat16()
-    values = reward(frames, prompts)
-    assert values.dtype == torch.float32  # as the encoder's embeddings are
-    assert torch.isfinite(values).all()
+    reward = QualityReward(tiny_encoder(), example(kind, 8))
+    before = reward(frames, prompts)
+    reward.alignment.double()
+    after = reward(frames, prompts)
+    assert after.dtype == (torch.float32 if kind == "none" else torch.float64)
+    torch.testing.assert_close(after.float(), before, rtol=0, atol=1e-4)
+    reward.alignment.bfloat16()
+    assert reward(frames, prompts).dtype == torch.float32
+    assert torch.isfinite(reward.bfloat16()(frames, prompts)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

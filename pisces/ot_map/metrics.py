@@ -14,6 +14,7 @@ from pisces.ot_map.alignment import Alignment
 from pisces_kernels import sinkhorn_divergence
 
 DIVERGENCE_EPSILON = 0.05  # of the cost |a - b|^2 / 2
+MAX_ITERS = 2000  # of its solver: clouds that nearly coincide along a line take 900
 NEIGHBOURS = 10  # the paper's k
 MOST_PAIRS = 4096  # of which distances are ranked and transport is solved: the work grows with their square
 SAME = 1e-12  # square of the texts' spread over that of their length below which they differ by rounding only
@@ -135,8 +136,8 @@ def rho(text: Tensor, video: Tensor) -> float:
 
 def _divergence(x: Tensor, y: Tensor) -> float:
     """Debiased entropic transport between two clouds [n, E] and [m, E], with cost |a - b|^2 / 2."""
-    # the kernel's cost is |a - b|^2: twice the cost at twice the epsilon is twice the divergence
-    return float(sinkhorn_divergence(x, y, epsilon=2 * DIVERGENCE_EPSILON, max_iters=500, tol=1e-4)) / 2
+    # the kernel has the cost |a - b|^2: twice the cost at twice the epsilon is twice the divergence
+    return float(sinkhorn_divergence(x, y, epsilon=2 * DIVERGENCE_EPSILON, max_iters=MAX_ITERS)) / 2
 
 
 def mutual_knn(x: Tensor, y: Tensor, *, k: int = NEIGHBOURS) -> float:
