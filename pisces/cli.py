@@ -214,7 +214,7 @@ def fit_ot_map(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split and the fit.")] = 0,
     held_out: Annotated[
-        float, typer.Option(help="Share of the videos to measure on; of the rest, the share to choose the map by.")
+        float, typer.Option(help="Share of the captions to measure on; of the rest, the share to choose the map by.")
     ] = 0.2,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
     embed_batch: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 32,

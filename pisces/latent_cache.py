@@ -7,21 +7,18 @@ models and processes at once, and what is loaded has the bits that encoding woul
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from pisces.data import CaptionedVideos, atomic_path
+from pisces.digests import json_digest, module_digest, plain, tokenizer_digest
 from pisces.pipelines.base import PipelineAdapter, PromptEmbeds
 
 logger = logging.getLogger(__name__)
@@ -31,8 +28,6 @@ FORMAT = 1
 # What decodes, encodes and rounds; another version may give other bits.
 VIDEO_SOFTWARE = ("av", "torch", "diffusers")
 TEXT_SOFTWARE = ("torch", "diffusers", "transformers", "tokenizers", "ftfy")
-# Keys of a configuration that say where it came from.
-ORIGIN_KEYS = ("transformers_version", "name_or_path")
 
 
 @runtime_checkable
@@ -103,8 +98,8 @@ class LatentCache:
     ) -> dict[str, Tensor]:
         if kind not in self._digests:
             family, device = type(self.adapter).__name__, self.adapter.device.type
-            self._digests[kind] = _digest([FORMAT, kind, family, device, encoder()])
-        file = self.folder / kind / f"{_digest([self._digests[kind], item])}.safetensors"
+            self._digests[kind] = json_digest([FORMAT, kind, family, device, encoder()])
+        file = self.folder / kind / f"{json_digest([self._digests[kind], item])}.safetensors"
         if file.is_file():
             try:
                 # Read, not mapped into memory: another process may replace the file.
@@ -133,67 +128,8 @@ class LatentCache:
                 parts[name] = module_digest(part)
         # The denoiser says how many tokens are wanted, and in which precision.
         transformer: Any = self.adapter.transformer
-        return [_versions(TEXT_SOFTWARE), parts, _plain(transformer.config), str(transformer.dtype)]
-
-
-def module_digest(module: nn.Module, *, rounded: bool = False) -> str:
-    """A digest of a model: its class, its configuration, and name, type, shape and bytes of every tensor.
-
-    Args:
-        module: on any device; its tensors are copied to the CPU one by one.
-        rounded: take floating-point tensors as bfloat16 holds them, so that a model and the same in bfloat16 have one
-            digest.
-
-    Example:
-        >>> one, other = nn.Linear(2, 3), nn.Linear(2, 3)
-        >>> module_digest(one) == module_digest(other)
-        False
-        >>> _ = other.load_state_dict(one.state_dict())
-        >>> module_digest(one) == module_digest(other)
-        True
-    """
-    hasher = hashlib.sha256(_digest([type(module).__name__, _plain(getattr(module, "config", None))]).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        if rounded and tensor.is_floating_point():
-            tensor = tensor.to(torch.bfloat16)
-        hasher.update(_digest([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return hasher.hexdigest()
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """A digest of a tokenizer: class, vocabulary, special tokens, limits, templates, and its rules where it has them.
-
-    Args:
-        tokenizer: of transformers.
-    """
-    rules: dict[str, Any] = {}
-    if getattr(tokenizer, "is_fast", False):
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Left there by the call before: no part of the tokenizer.
-        rules.update(truncation=None, padding=None)
-    names = ("special_tokens_map", "model_max_length", "padding_side", "truncation_side", "chat_template")
-    settings = {name: getattr(tokenizer, name, None) for name in names}
-    return _digest([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), rules, _plain(settings)])
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        return [_versions(TEXT_SOFTWARE), parts, plain(transformer.config), str(transformer.dtype)]
 
 
 def _versions(packages: tuple[str, ...]) -> list[str]:
     return [f"{package} {version(package)}" for package in packages]
-
-
-def _plain(value: Any) -> Any:
-    """A configuration as JSON can hold it, without keys that say where it came from or fields that do not compare."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in fields(value) if field.compare}
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
-    if isinstance(value, Mapping):
-        kept = {str(key): item for key, item in value.items() if not str(key).startswith("_")}
-        return {key: _plain(item) for key, item in kept.items() if key not in ORIGIN_KEYS}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, bool | int | float | str | None) else str(value)

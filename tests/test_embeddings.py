@@ -16,6 +16,7 @@ from together import run_together
 from typer.testing import CliRunner, Result
 
 from pisces.cli import app
+from pisces.commands.fit_ot_map import FitOptions, split_pairs
 from pisces.data import VideoFolder, VideoShards
 from pisces.encoders import TinyEncoder
 from pisces.encoders.base import refused_prompts
@@ -204,9 +205,13 @@ def test_embeddings_of_something_else_are_refused(
     with pytest.raises(ValueError, match="shards of 8 pairs"):
         extract(place, videos, model, shard_pairs=4)
     listing = json.loads((place / "embeddings.json").read_text())
-    older = {name: value for name, value in listing.items() if name != "encoder_bf16_sha256"}
+    older = {
+        name: value
+        for name, value in listing.items()
+        if name not in ("encoder_bf16_sha256", "encoder_any_frames_sha256")
+    }
     (place / "embeddings.json").write_text(json.dumps(older))
-    extract(place, videos, model, shard_pairs=8)  # filled by a version that knew no rounded digest
+    extract(place, videos, model, shard_pairs=8)  # filled by a version that knew the exact digest only
     (place / "embeddings.json").write_text(json.dumps({**listing, "format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         read_embeddings(place)
@@ -218,6 +223,30 @@ def test_embeddings_of_something_else_are_refused(
         extract(place, videos, model, shard_pairs=8)
     with pytest.raises(FileNotFoundError, match=r"no embeddings\.json"):
         read_embeddings(tmp_path)
+
+
+class Plain:
+    """An encoder that is no module, so that it has no digest."""
+
+    def __init__(self, model: TinyEncoder) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.model, name)
+
+
+class Other(Plain):
+    """Of another class."""
+
+
+def test_encoders_without_a_digest_are_told_apart_by_their_class(
+    videos: VideoFolder, model: TinyEncoder, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        extract(tmp_path, videos, Plain(model), shard_pairs=8)  # type: ignore[arg-type]
+    for other in (Other(model), model):
+        with pytest.raises(ValueError, match="embeddings of other encoder"):
+            extract(tmp_path, videos, other, shard_pairs=8)  # type: ignore[arg-type]
 
 
 def test_a_caption_without_a_word_costs_its_pair_only(
@@ -305,6 +334,38 @@ def test_an_alignment_is_fitted_from_embeddings_alone(folder: Path, tmp_path: Pa
     assert "data:image/png;base64" in page.read_text()
 
 
+def test_no_caption_is_in_two_parts(seed: int) -> None:
+    """Held-out videos of a caption that was fitted on would flatter every map."""
+    captions = [f"caption {i % 60}" for i in torch.randperm(420).tolist()]
+    parts = split_pairs(captions, FitOptions(seed=seed))
+    assert sorted(i for part in parts for i in part) == list(range(420))
+    of_part = [{captions[i] for i in part} for part in parts]
+    assert [len(found) for found in of_part] == [38, 10, 12]
+    assert len(set.union(*of_part)) == 60
+    assert len(parts[2]) == 84
+    assert parts == split_pairs(captions, FitOptions(seed=seed))
+    assert parts != split_pairs(captions, FitOptions(seed=seed + 1))
+    for options in (FitOptions(kind="affine"), FitOptions(choose="last")):
+        assert split_pairs(captions, options)[1] == []
+    # one that most videos have is fitted on, whatever the seed
+    often = ["a video"] * 300 + captions[:100]
+    assert not any(i < 300 for i in split_pairs(often, FitOptions(seed=seed))[2])
+
+
+def test_few_captions_are_in_several_parts(seed: int) -> None:
+    """Where a part would have less than three, pairs are divided; what is measured on goes first."""
+    for n_captions, apart in ((13, True), (12, False), (4, False)):
+        captions = [f"caption {i % n_captions}" for i in range(20 * n_captions)]
+        train, chosen_by, test = split_pairs(captions, FitOptions(seed=seed))
+        seen = {captions[i] for i in train + chosen_by}
+        assert bool(seen & {captions[i] for i in test}) != apart
+        assert {captions[i] for i in train} & {captions[i] for i in chosen_by}
+    # without equal captions both are the same
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = split_pairs([str(i) for i in range(50)], FitOptions(seed=seed))
+    assert parts == (order[18:], order[10:18], order[:10])
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_fit_names_captions_without_a_word(folder: Path, tmp_path: Path, kept: bool) -> None:
     shutil.copytree(folder, tmp_path / "videos")
@@ -332,6 +393,7 @@ def test_one_single_caption_is_reported(folder: Path, tmp_path: Path) -> None:
     result = run(*base, "--compare", "--kind", "mean_shift")
     assert result.exit_code == 0, result.output
     assert "all captions are the same" in result.stdout
+    assert "captions in several of these parts: 1 of 1, too few to keep them apart" in result.stdout
     line = next(line for line in result.stdout.splitlines() if "mean_shift" in line)
     assert line.split().count("nan") == 2
     assert "affine" not in result.stdout

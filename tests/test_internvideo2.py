@@ -15,9 +15,9 @@ from meter import memory_meter
 from tiny_internvideo2 import SMALL, VOCABULARY, small_model, some_frames, some_prompts
 from torch import Tensor
 
+from pisces.digests import module_digest
 from pisces.encoders import InternVideo2, resample
 from pisces.encoders.internvideo2.wordpiece import WordPieces
-from pisces.latent_cache import module_digest
 from pisces.rewards import CompositeReward, QualityReward, SemanticReward, Transport, TransportRefiner, leverage
 from pisces_kernels.compat import pisces as released
 

@@ -21,7 +21,8 @@ from pisces.build import build_training
 from pisces.cli import app
 from pisces.config import TrainConfig
 from pisces.data import VideoFolder, VideoReadError, write_metadata, write_video
-from pisces.latent_cache import LatentCache, module_digest, tokenizer_digest
+from pisces.digests import module_digest, tokenizer_digest
+from pisces.latent_cache import LatentCache
 from pisces.pipelines import ADAPTERS, PipelineAdapter, WanAdapter, load_pipeline
 from pisces.pipelines.tiny import make_tiny
 from pisces.trainer import Trainer

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from scipy import stats
+from tiny_encoder import some_videos, tiny_encoder
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,9 +25,11 @@ from pisces.ot_map import (
     mutual_knn,
     retrieval_at_1,
     rho,
-    sinkhorn_divergence,
     spearman,
 )
+from pisces.ot_map.metrics import average_ranks
+from pisces.rewards import QualityReward
+from pisces_kernels import sinkhorn, sinkhorn_divergence
 
 E = 6
 
@@ -81,6 +84,33 @@ def test_each_kind_does_what_its_table_says(kind: Kind, seed: int) -> None:
     torch.testing.assert_close(alignment.text(5 * y), alignment.text(y))  # scale does not matter
     torch.testing.assert_close(alignment.text(y[0]), alignment.text(y)[0])  # nor do leading dimensions
     torch.testing.assert_close(alignment.text(y[:, None]), alignment.text(y)[:, None])
+
+
+@pytest.mark.parametrize("own", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_wider_dtype_is_computed_in(kind: Kind, given: torch.dtype, own: torch.dtype, seed: int) -> None:
+    alignment, exact = example(kind).to(own), example(kind).to(own).double()
+    wide = given if kind == "none" else torch.promote_types(given, own)
+    z = normal(7, seed).to(given)
+    for got, wanted in ((alignment.text(z), exact.text(z.double())), (alignment.video(z), exact.video(z.double()))):
+        assert got.dtype == wide
+        if wide.itemsize > 2:  # what the narrow ones hold is exact in the wide one, and nothing was computed in them
+            torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-4 if wide == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reward_takes_every_kind_in_every_dtype(kind: Kind, seed: int) -> None:
+    frames, prompts = some_videos(2, seed)
+    reward = QualityReward(tiny_encoder(), example(kind, 8))
+    before = reward(frames, prompts)
+    reward.alignment.double()
+    after = reward(frames, prompts)
+    assert after.dtype == (torch.float32 if kind == "none" else torch.float64)
+    torch.testing.assert_close(after.float(), before, rtol=0, atol=1e-4)
+    reward.alignment.bfloat16()
+    assert reward(frames, prompts).dtype == torch.float32
+    assert torch.isfinite(reward.bfloat16()(frames, prompts)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,7 +223,7 @@ def test_the_map_recovers_a_known_transport(kind: Kind) -> None:
     assert float((q.mean(0) - v.mean(0)).norm()) < before / 5
     # not only the means: the clouds themselves are closer
     plain = (F.normalize(held_text, dim=-1), F.normalize(held_video, dim=-1))
-    assert sinkhorn_divergence(q, v) < sinkhorn_divergence(*plain) / 5
+    assert sinkhorn_divergence(q, v, epsilon=0.1) < sinkhorn_divergence(*plain, epsilon=0.1) / 5
     # transport moves little more than it must: what was near stays near
     start = fit_alignment(text[:1000], video[:1000], kind="none" if kind == "ot" else "center").text(held_text)
     assert spearman(torch.pdist(start), torch.pdist(q)) > 0.7
@@ -274,7 +304,7 @@ def test_mutual_knn_of_equal_moved_and_foreign_clouds(seed: int) -> None:
     assert mutual_knn(x, x @ rotation) > 0.99
     assert mutual_knn(x, normal(300, seed + 2, 16)) == pytest.approx(10 / 299, abs=0.03)
     for bad in (0, 300):
-        with pytest.raises(ValueError, match="mutual_knn"):
+        with pytest.raises(ValueError, match=r"expected equal numbers and 1 <= k < 300\. Pass"):
             mutual_knn(x, x, k=bad)
 
 
@@ -288,14 +318,29 @@ def test_spearman_is_scipys(seed: int) -> None:
     assert spearman(x, -x) == pytest.approx(-1)
 
 
-def test_sinkhorn_divergence_of_equal_and_of_shifted_clouds(seed: int) -> None:
-    x = 0.5 * normal(60, seed)
-    assert sinkhorn_divergence(x, x) == pytest.approx(0, abs=1e-5)
-    assert sinkhorn_divergence(x, x[torch.randperm(60)]) == pytest.approx(0, abs=1e-4)
-    shift = torch.zeros(E)
-    shift[0] = 0.8
-    # of a translation it is exactly |shift|^2 / 2, whatever epsilon is
-    assert sinkhorn_divergence(x, x + shift) == pytest.approx(0.32, rel=1e-2)
+def test_ranks_of_many_are_exact() -> None:
+    """Above 2^23 float32 has no halves, and equal pairs have ranks that end in one."""
+    n = 2**23 + 6
+    ranks = average_ranks(torch.arange(n, dtype=torch.int32).div(2, rounding_mode="floor"))
+    assert ranks.dtype == torch.float64
+    assert ranks[-4:].tolist() == [n - 2.5, n - 2.5, n - 0.5, n - 0.5]
+
+
+def test_the_divergence_is_that_of_stored_costs(seed: int) -> None:
+    """Of |a - b|^2 / 2 with epsilon 0.05, solved densely in float64."""
+    text, video = normal(60, seed) + 1, normal(60, seed + 1)
+    q, v = (F.normalize(z, dim=-1).double() for z in (text, video))
+
+    def transport(a: Tensor, b: Tensor) -> float:
+        return float(sinkhorn(torch.cdist(a, b).square() / 2, epsilon=0.05, max_iters=20_000, tol=1e-9).value)
+
+    wanted = transport(q, v) - (transport(q, q) + transport(v, v)) / 2
+    captions = [str(i) for i in range(60)]
+    got = alignment_metrics(Alignment("none"), text, video, captions)["sinkhorn_divergence"]
+    assert got == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    assert alignment_metrics(Alignment("none"), text, text, captions)["sinkhorn_divergence"] == pytest.approx(
+        0, abs=1e-5
+    )
 
 
 def test_metrics_of_no_alignment_are_the_plain_ones(seed: int) -> None:

@@ -146,6 +146,22 @@ def test_procrustes_is_scipys(seed: int) -> None:
     assert float((procrustes(text, video.flip(0))[0] - matrix).norm()) > 0.1
 
 
+def test_procrustes_of_few_pairs_says_how_many_it_lacks(seed: int) -> None:
+    text, video = spread(9, 8), spread(9, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        procrustes(text, video)
+    for n in (8, 3):
+        with pytest.warns(UserWarning, match=f"procrustes: {n} pairs determine a rotation in {n - 1} of 8 dimensions"):
+            matrix, _ = procrustes(text[:n], video[:n])
+        # another rotation of what the pairs leave open is as good, and as little known
+        y, x = text[:n] - text[:n].mean(0), video[:n] - video[:n].mean(0)
+        _, _, axes = torch.linalg.svd(y)
+        turned = matrix - 2 * torch.outer(axes[-1], axes[-1] @ matrix)
+        assert float((turned - matrix).norm()) == pytest.approx(2)
+        assert float((y @ turned - x).norm()) == pytest.approx(float((y @ matrix - x).norm()))
+
+
 def test_ridge_is_least_squares_with_rows_for_the_penalty(seed: int) -> None:
     text, video = spread(30, 5), spread(30, 5)
     penalty = 0.1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -48,6 +50,14 @@ def rewards() -> dict[str, Reward]:
 
 
 NAMES = list(rewards())
+
+
+def test_rewards_need_no_pipeline(offline_environment: dict[str, str]) -> None:
+    """They know nothing of the generator, and importing its adapters takes seconds."""
+    program = "import sys, pisces.rewards; print([name for name in sys.modules if name.startswith('pisces.pipelines')])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=offline_environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from pisces.processes import Processes, join_processes
 
 Choice = Literal["r_at_1", "rho", "last"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
-MIN_HELD_OUT = 3  # what the metrics need
+MIN_HELD_OUT = 3  # pairs, as the metrics need, and captions, without which retrieval says little
 CHECKS = 50  # how often in a training maps are compared
 DECIMALS = {"sinkhorn_divergence": 4}
 ADVICE = (
@@ -64,8 +65,8 @@ class FitOptions:
         choose: the best of its maps by "r_at_1" or "rho" on pairs set aside for that, or the "last" one.
         checkpoints: folder in which it is resumed; None keeps none.
         seed: of the split and of the fit.
-        held_out: share of the videos that is measured on and not fitted on, and as a share of the rest what is chosen
-            by.
+        held_out: share of the captions and of their videos that is measured on and not fitted on, and as a share of the
+            rest what is chosen by.
     """
 
     kind: Kind = "center_ot"
@@ -128,7 +129,8 @@ def fit_ot_map(
         return {}
     if paper:
         options = replace(options, **paper_settings(found.text.shape[1]))
-    train, chosen_by, test = _split(found, options)
+    parts = split_pairs(found.captions, options)
+    train, chosen_by, test = (torch.tensor(part, dtype=torch.long) for part in parts)
     text, video = found.text.to(place), found.video.to(place)
     alignment = _fit(text, video, found.captions, train, chosen_by, options)
     alignment.info |= source
@@ -145,7 +147,7 @@ def fit_ot_map(
     compared[options.kind] = alignment
     results, remarks = _measure(compared, text[test], video[test], [found.captions[i] for i in test.tolist()])
     counts = f"fitted on {len(train)} videos, " + (f"chosen on {len(chosen_by)}, " if len(chosen_by) else "")
-    counts += f"measured on {len(test)} others"
+    counts += f"measured on {len(test)} others" + _overlap(found.captions, parts)
     _print(results, remarks[options.kind], counts, output)
     if report is not None:
         write_report(report, alignment, text[test], video[test], results, remarks[options.kind], counts)
@@ -217,21 +219,86 @@ def _embeddings(
     return found, source
 
 
-def _split(found: Embeddings, options: FitOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers of the pairs to fit on, to choose by (none, if there is nothing to choose) and to measure on."""
-    n = len(found)
+def split_pairs(captions: Sequence[str], options: FitOptions) -> tuple[list[int], list[int], list[int]]:
+    """Divide pairs into those to fit on, to choose by (none, if there is nothing to choose) and to measure on.
+
+    Of a caption all pairs are in one part: on videos of captions that were fitted on, every map looks better. Parts
+    have their shares of the captions, and about those of the pairs. Pairs are divided instead where one would have less
+    than three captions.
+
+    Args:
+        captions: of all pairs.
+        options: `kind` and `choose` say whether there is anything to choose, `held_out` and `seed` how it is divided.
+
+    Returns:
+        Numbers of the pairs of the three parts; the same for the same captions and options.
+
+    Raises:
+        ValueError: too few pairs.
+    """
+    n = len(captions)
     n_test = round(options.held_out * n)
     if n_test < MIN_HELD_OUT or n - n_test < 2:
         raise ValueError(
             f"fit-ot-map: {n} readable videos, {n_test} of them held out, expected at least {MIN_HELD_OUT} held out "
             "and 2 others. Give more videos."
         )
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(options.seed))
-    test, rest = order[:n_test], order[n_test:]
-    n_choose = round(options.held_out * len(rest)) if options.kind in NEURAL and options.choose != "last" else 0
-    if n_choose < MIN_HELD_OUT or len(rest) - n_choose < 2:
-        n_choose = 0
-    return rest[n_choose:], rest[:n_choose], test
+    of_caption: dict[str, list[int]] = {}
+    for i, caption in enumerate(captions):
+        of_caption.setdefault(caption, []).append(i)
+    groups = _shuffled(list(of_caption.values()), options.seed)
+    test, rest = _hold_out(groups, options.held_out)
+    if not _enough(test, rest):
+        test, rest = _hold_out(_shuffled([[i] for i in range(n)], options.seed), options.held_out)
+    train = rest
+    chosen_by: list[list[int]] = []
+    if options.kind in NEURAL and options.choose != "last":
+        for groups in (rest, _shuffled([[i] for group in rest for i in group], options.seed)):
+            held, others = _hold_out(groups, options.held_out)
+            if _enough(held, others):
+                train, chosen_by = others, held
+                break
+    return _flat(train), _flat(chosen_by), _flat(test)
+
+
+def _shuffled(groups: list[list[int]], seed: int) -> list[list[int]]:
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
+    return [groups[i] for i in order.tolist()]
+
+
+def _hold_out(groups: list[list[int]], share: float) -> tuple[list[list[int]], list[list[int]]]:
+    """Groups in their order that come to a share of them, and nearest to that of what is in them; and the others."""
+    most_groups, most = round(share * len(groups)), round(share * sum(map(len, groups)))
+    held: list[list[int]] = []
+    others: list[list[int]] = []
+    n = 0
+    for group in groups:
+        if len(held) < most_groups and n + len(group) / 2 <= most:
+            held.append(group)
+            n += len(group)
+        else:
+            others.append(group)
+    return held, others
+
+
+def _enough(held: list[list[int]], others: list[list[int]]) -> bool:
+    return len(held) >= MIN_HELD_OUT and len(others) >= 2
+
+
+def _flat(groups: list[list[int]]) -> list[int]:
+    return [i for group in groups for i in group]
+
+
+def _overlap(captions: Sequence[str], parts: Sequence[Sequence[int]]) -> str:
+    """What is to be said of captions that are in several parts; nothing, if none is."""
+    places = Counter(caption for part in parts for caption in {captions[i] for i in part})
+    shared = sum(n > 1 for n in places.values())
+    if not shared:
+        return ""
+    return (
+        f"; captions in several of these parts: {shared} of {len(places)}, too few to keep them apart, so that the "
+        "figures are partly those of captions fitted on"
+    )
 
 
 def _fit(

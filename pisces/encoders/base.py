@@ -60,6 +60,10 @@ class VideoTextEncoder(Protocol):
     reward only. `token_texts(prompts)` is optional: the texts of each prompt's lexical tokens in their order, a list of
     lists. Only `pisces.rewards.explain` asks for it.
 
+    `frame_tensors` is optional, too: names in the `state_dict` of the tensors whose shape depends on `n_frames`, such
+    as positions in time. They are left out where `pisces.ot_map.check_alignment` compares encoders of different
+    `n_frames`.
+
     `check_encoder` tries out whether an encoder keeps all of this; docs/encoders.md has a whole one.
 
     Attributes:

@@ -169,6 +169,7 @@ class TinyEncoder(nn.Module):
         torch.Size([1])
     """
 
+    frame_tensors = ("time",)
     frame_index: Tensor
     positions: Tensor
 

@@ -6,7 +6,7 @@ from pisces.ot_map.alignment import KINDS, LINEAR, NEURAL, PAIRED, Alignment, Ki
 from pisces.ot_map.encoder_digest import check_alignment, encoder_facts
 from pisces.ot_map.fit import HeldOut, fit_alignment, paper_settings
 from pisces.ot_map.linear import affine_ot, procrustes, ridge
-from pisces.ot_map.metrics import alignment_metrics, mutual_knn, retrieval_at_1, rho, sinkhorn_divergence, spearman
+from pisces.ot_map.metrics import alignment_metrics, mutual_knn, retrieval_at_1, rho, spearman
 from pisces.ot_map.network import NeuralOTMap
 from pisces.ot_map.neural import OBJECTIVES, FitInterrupted, Objective
 
@@ -33,6 +33,5 @@ __all__ = [
     "retrieval_at_1",
     "rho",
     "ridge",
-    "sinkhorn_divergence",
     "spearman",
 ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from pisces.ot_map.network import NeuralOTMap
@@ -55,6 +58,9 @@ class Alignment(nn.Module):
 
     with w_j(y) = softmax_j((potential_j - |y - anchors_j|^2) / epsilon). Both sides are normalised before anything
     else. `fit_alignment` makes one from data.
+
+    Both sides are computed and returned in the wider dtype of the embeddings and of the alignment's own tensors,
+    whatever the kind: an alignment in bfloat16 leaves float32 embeddings float32, one in float64 makes them float64.
 
     Args:
         kind: a row of the table.
@@ -140,21 +146,32 @@ class Alignment(nn.Module):
         return next(iter(widths))[0] if widths else None
 
     def text(self, y: Tensor) -> Tensor:
-        """Aligned, normalised text embeddings; y [..., E]."""
+        """Aligned, normalised text embeddings.
+
+        Args:
+            y: [..., E] of any length, but not zero.
+
+        Returns:
+            [..., E], in the wider dtype of y and the alignment.
+
+        Raises:
+            ValueError: another width than that of the alignment.
+        """
         y = F.normalize(self._checked(y, "text"), dim=-1)
         if self.text_mean is not None and self.video_mean is not None:
             y = y - self.text_mean
             y = y + self.video_mean if self.kind == "mean_shift" else F.normalize(y, dim=-1)
         if self.matrix is not None and self.offset is not None:
-            y = y @ self.matrix + self.offset
+            y = y @ self.matrix.to(y.dtype) + self.offset
         if self.anchors is not None:
             y = torch.cat([self._barycentre(part) for part in y.reshape(-1, y.shape[-1]).split(_ROWS)]).view_as(y)
         if self.network is not None:
-            y = self.network(y)
+            weights = {name: weight.to(y.dtype) for name, weight in self.network.named_parameters()}
+            y = functional_call(self.network, weights, (y,))
         return F.normalize(y, dim=-1)
 
     def video(self, x: Tensor) -> Tensor:
-        """Aligned, normalised video embeddings; x [..., E]."""
+        """Aligned, normalised video embeddings; x [..., E] and the result as in `text`."""
         x = F.normalize(self._checked(x, "video"), dim=-1)
         if self.video_mean is not None and self.kind != "mean_shift":
             x = F.normalize(x - self.video_mean, dim=-1)
@@ -163,17 +180,20 @@ class Alignment(nn.Module):
     def _barycentre(self, y: Tensor) -> Tensor:
         """Mean of the anchors under the plan's row of each y [n, E]."""
         assert self.anchors is not None  # for the type checker
+        anchors = self.anchors.to(y.dtype)
         # both are normalised: |y - x|^2 up to rounding, and cdist has no gradient at zero distance
-        cost = 2 - 2 * y @ self.anchors.T
-        return ((self.potential - cost) / self.epsilon).softmax(-1) @ self.anchors
+        cost = 2 - 2 * y @ anchors.T
+        return ((self.potential - cost) / self.epsilon).softmax(-1) @ anchors
 
     def _checked(self, z: Tensor, side: str) -> Tensor:
+        """z, of the right width and in the wider dtype of z and of all tensors here."""
         if self.dim is not None and z.shape[-1:] != (self.dim,):
             raise ValueError(
                 f"Alignment.{side}: got shape {tuple(z.shape)}, expected (..., {self.dim}). "
                 "Use the encoder with which the alignment was fitted."
             )
-        return z
+        own = (tensor.dtype for tensor in chain(self.parameters(), self.buffers()))
+        return z.to(reduce(torch.promote_types, own, z.dtype))
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file; kind and info are in its header.

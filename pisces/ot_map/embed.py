@@ -1,4 +1,4 @@
-"""Embeddings of captioned videos: what an alignment is fitted on."""
+"""Embeddings of the demo's folders. How they are batched is part of its figures: a trained map amplifies rounding."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from pisces.data import VideoFolder, VideoReadError, VideoShards, atomic_path
 from pisces.encoders import VideoTextEncoder
 from pisces.encoders.base import refused_prompts
-from pisces.ot_map.encoder_digest import ROUNDED, encoder_facts
+from pisces.ot_map.encoder_digest import ANY_FRAMES, EXACT, ROUNDED, encoder_facts
 from pisces.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -250,14 +250,17 @@ def _open_folder(folder: Path, listing: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
         return
     there = _read_listing(folder)
-    for what, key, name in (("encoder", "encoder_sha256", "encoder"), ("videos", "videos_sha256", "videos")):
+    # an encoder without a digest is told apart by its class
+    encoder = EXACT if EXACT in listing else "encoder"
+    for what, key, name in (("encoder", encoder, "encoder"), ("videos", "videos_sha256", "videos")):
         if there.get(key) != listing[key]:
             raise ValueError(
                 f"extract: {folder} holds embeddings of other {what} ({there.get(name)!r}, {there.get(key)}), "
                 f"expected {listing[name]!r}, {listing[key]}. Name another folder, or delete this one."
             )
-    # folders of older versions have no rounded digest; it says nothing that the exact one does not
-    if any(there.get(name) != value for name, value in listing.items() if name not in ("videos", ROUNDED)):
+    # folders of older versions lack some digests, which say nothing that the exact one does not
+    ignored = ("videos", ROUNDED, ANY_FRAMES)
+    if any(there.get(name) != value for name, value in listing.items() if name not in ignored):
         raise ValueError(f"extract: {folder} has shards of {there.get('shard_pairs')} pairs. Name another folder.")
 
 

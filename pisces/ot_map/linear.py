@@ -18,9 +18,9 @@ def affine_ot(text: Tensor, video: Tensor, *, shrinkage: float | None = None) ->
 
         matrix = S_y^(-1/2) (S_y^(1/2) S_x S_y^(1/2))^(1/2) S_y^(-1/2),   offset = m_x - m_y matrix
 
-    It is symmetric, and carries the mean and the covariance of the texts exactly onto those of the videos. Both
-    covariances are shrunk, by less the more there are, see `shrunk_covariance`: the inverse of a covariance of few
-    texts is mostly noise.
+    It is symmetric, and carries the mean of the texts exactly onto that of the videos, and likewise S_y onto S_x. These
+    are the covariances after shrinking, by less the more points there are, see `shrunk_covariance`, as the inverse of a
+    covariance of few texts is mostly noise: the sample covariances are carried onto each other as nearly as that.
 
     Args:
         text: [n, E], n >= 2; need not be paired with `video`.
@@ -138,12 +138,17 @@ def procrustes(text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
 
         matrix = argmin_{Q Q^T = 1} |(text - m_y) Q - (video - m_x)|^2 = U V^T,   U S V^T = (text - m_y)^T (video - m_x)
 
+    Of n pairs it is determined in n - 1 dimensions at most.
+
     Args:
         text: [n, E], n >= 2.
         video: [n, E], row i belongs to text i.
 
     Returns:
         (matrix [E, E] orthogonal, offset [E]) in float64.
+
+    Warns:
+        UserWarning: no more pairs than dimensions.
 
     Raises:
         ValueError: the texts are all the same.
@@ -158,6 +163,13 @@ def procrustes(text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
     """
     text, video = text.double(), video.double()
     _check_spread(text, "procrustes")
+    n, dim = text.shape
+    if n <= dim:
+        warnings.warn(
+            f"procrustes: {n} pairs determine a rotation in {n - 1} of {dim} dimensions, and it is arbitrary in the "
+            "others. Give more of them.",
+            stacklevel=2,
+        )
     u, _, vh = torch.linalg.svd((text - text.mean(0)).T @ (video - video.mean(0)))
     matrix = u @ vh
     return matrix, video.mean(0) - text.mean(0) @ matrix

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pisces.ot_map.alignment import Alignment
-from pisces_kernels import sinkhorn
+from pisces_kernels import sinkhorn_divergence
 
-DIVERGENCE_EPSILON = 0.05
+DIVERGENCE_EPSILON = 0.05  # of the cost |a - b|^2 / 2
+MAX_ITERS = 2000  # of its solver: clouds that nearly coincide along a line take 900
 NEIGHBOURS = 10  # the paper's k
-MOST_PAIRS = 4096  # of which distances are ranked and transport is solved: both make n x n matrices
+MOST_PAIRS = 4096  # of which distances are ranked and transport is solved: the work grows with their square
 SAME = 1e-12  # square of the texts' spread over that of their length below which they differ by rounding only
 ROWS = 4096  # of a matrix of similarities that are held at a time
 
@@ -39,13 +40,15 @@ def alignment_metrics(alignment: Alignment, text: Tensor, video: Tensor, caption
         cosine: mean cosine of true pairs, the quality reward of real videos.
         r_at_1: share of texts whose nearest video has their caption.
         rho: variance over videos of the reward's caption-independent part, relative to the rest; see `rho`.
-        sinkhorn_divergence: between the two aligned sets, epsilon 0.05; see `sinkhorn_divergence`.
+        sinkhorn_divergence: debiased entropic transport cost between the two aligned sets, with cost |a - b|^2 / 2 and
+            epsilon 0.05: half of `pisces_kernels.sinkhorn_divergence` at epsilon 0.1.
         mutual_knn: overlap of the 10 neighbours among aligned texts with those among videos.
         spearman: rank correlation of pairwise text distances before and after. This and the divergence are of 4,096
             pairs, evenly spaced, where there are more.
 
     Warns:
         UserWarning: `r_at_1` is lower or `rho` higher than without alignment, or all captions are the same.
+        RuntimeWarning: the solver of the divergence has not converged.
 
     Raises:
         ValueError: shapes or number of captions do not fit.
@@ -66,7 +69,7 @@ def alignment_metrics(alignment: Alignment, text: Tensor, video: Tensor, caption
         "cosine": float((q * v).sum(-1).mean()),
         "r_at_1": retrieval_at_1(q, v, label),
         "rho": rho(q, v),
-        "sinkhorn_divergence": sinkhorn_divergence(q[some], v[some]),
+        "sinkhorn_divergence": _divergence(q[some], v[some]),
         "mutual_knn": mutual_knn(q, v, k=min(NEIGHBOURS, n - 1)),
         "spearman": spearman(torch.pdist(plain[some]), torch.pdist(q[some])),
     }
@@ -131,20 +134,10 @@ def rho(text: Tensor, video: Tensor) -> float:
     return float((mean @ covariance @ mean) / ((offsets @ covariance) * offsets).sum(1).mean())
 
 
-def sinkhorn_divergence(x: Tensor, y: Tensor, *, epsilon: float = DIVERGENCE_EPSILON) -> float:
-    """Debiased entropic transport cost OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 of two clouds, with cost |a - b|^2 / 2.
-
-    Args:
-        x: [n, E].
-        y: [m, E].
-        epsilon: entropic regularisation, in units of the cost.
-    """
-
-    def value(a: Tensor, b: Tensor) -> float:
-        cost = torch.cdist(a, b).square() / 2
-        return float(sinkhorn(cost, epsilon=epsilon, max_iters=500, tol=1e-4).value)
-
-    return value(x, y) - (value(x, x) + value(y, y)) / 2
+def _divergence(x: Tensor, y: Tensor) -> float:
+    """Debiased entropic transport between two clouds [n, E] and [m, E], with cost |a - b|^2 / 2."""
+    # the kernel has the cost |a - b|^2: twice the cost at twice the epsilon is twice the divergence
+    return float(sinkhorn_divergence(x, y, epsilon=2 * DIVERGENCE_EPSILON, max_iters=MAX_ITERS)) / 2
 
 
 def mutual_knn(x: Tensor, y: Tensor, *, k: int = NEIGHBOURS) -> float:
@@ -154,10 +147,16 @@ def mutual_knn(x: Tensor, y: Tensor, *, k: int = NEIGHBOURS) -> float:
         x: [n, E].
         y: [n, F], the same things in the same order.
         k: neighbours, at most n - 1.
+
+    Raises:
+        ValueError: other numbers of rows, or k out of range.
     """
     n = len(x)
     if len(y) != n or not 1 <= k < n:
-        raise ValueError(f"mutual_knn: got {n} and {len(y)} rows and k = {k}, expected equal numbers and k below.")
+        raise ValueError(
+            f"mutual_knn: got {n} and {len(y)} rows and k = {k}, expected equal numbers and 1 <= k < {n}. "
+            "Pass the two embeddings of the same things, more than k of them."
+        )
     first, second = (_nearest(F.normalize(z, dim=-1), k) for z in (x, y))
     return float((first[:, :, None] == second[:, None, :]).any(2).sum(1).float().mean() / k)
 
@@ -181,4 +180,6 @@ def spearman(x: Tensor, y: Tensor) -> float:
 def average_ranks(x: Tensor) -> Tensor:
     """Ranks 1 .. n of x [n] in float64; equal values share their mean rank."""
     _, inverse, count = x.unique(return_inverse=True, return_counts=True)
-    return (count.cumsum(0) - (count - 1) / 2).double()[inverse]
+    # before halving, which makes whole numbers float32: that has no halves above 2^23
+    count = count.double()
+    return (count.cumsum(0) - (count - 1) / 2)[inverse]

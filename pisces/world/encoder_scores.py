@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pisces.encoders import TextFeatures, VideoFeatures, VideoTextEncoder
+from pisces.ot_map.metrics import spearman
 from pisces.world import scene
 from pisces.world.judge import judge
 from pisces.world.scene import ATTRIBUTE_VALUES, COLORS, DIRECTIONS, SHAPES, Scenes, Split
@@ -141,18 +143,9 @@ def ranking_scores(encoder: VideoTextEncoder, *, n: int = 64, seed: int = 78) ->
 
 def within_group_spearman(x: Tensor, y: Tensor) -> float:
     """Mean over the rows of x, y [G, K] of Spearman's rank correlation; rows with a constant side do not count."""
-    values = []
-    for a, b in zip(x.double(), y.double(), strict=True):
-        ranks = torch.stack([_average_ranks(a), _average_ranks(b)])
-        if (ranks.std(dim=1) > 0).all():
-            values.append(float(torch.corrcoef(ranks)[0, 1]))
-    return round(sum(values) / len(values), 4) if values else float("nan")
-
-
-def _average_ranks(x: Tensor) -> Tensor:
-    """Ranks of x [K], equal values share their mean rank."""
-    _, inverse, count = x.unique(return_inverse=True, return_counts=True)
-    return (count.cumsum(0) - (count - 1) / 2)[inverse]
+    values = [spearman(a, b) for a, b in zip(x, y, strict=True)]
+    values = [value for value in values if not math.isnan(value)]
+    return round(sum(values) / len(values), 4) if values else math.nan
 
 
 def _mean(hits: Tensor) -> float:

@@ -45,6 +45,8 @@ class InternVideo2(nn.Module):
         InternVideo2 (arXiv 2403.15377), stage 2.
     """
 
+    frame_tensors = ("vision_encoder.pos_embed",)
+
     def __init__(
         self, config: InternVideo2Config | None = None, vocabulary: str | Path | Sequence[str] | None = None
     ) -> None:
