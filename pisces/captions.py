@@ -37,7 +37,9 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"read_prompts: no file {str(path)!r}.")
+        raise FileNotFoundError(
+            f"read_prompts: no file {str(path)!r}, expected a file of prompts. Check the name, or write it."
+        )
     suffix = path.suffix.lower()
     if suffix == ".txt":
         found = [(str(path), line) for line in read_text(path).splitlines() if line.strip()]
@@ -49,9 +51,9 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
         raise ValueError(f"read_prompts: {str(path)!r} ends in {suffix!r}, expected .txt, .jsonl or .csv.")
     for where, prompt in found:
         if not prompt.strip():
-            raise ValueError(f"{where}: the prompt is empty.")
+            raise ValueError(f"{where}: the prompt is empty, expected at least one word. Fill it, or remove the line.")
     if not found:
-        raise ValueError(f"read_prompts: {str(path)!r} holds no prompt.")
+        raise ValueError(f"read_prompts: {str(path)!r} holds no prompt, expected at least one. Write one a line.")
     return [prompt.strip() for _, prompt in found]
 
 
@@ -79,14 +81,18 @@ def read_pairs(path: str | os.PathLike[str]) -> list[tuple[Path, str, str]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"read_pairs: no file {str(path)!r}.")
+        raise FileNotFoundError(
+            f"read_pairs: no file {str(path)!r}, expected a table of videos and prompts. Check the name."
+        )
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".jsonl"):
         raise ValueError(f"read_pairs: {str(path)!r} ends in {suffix!r}, expected .csv or .jsonl.")
     rows = csv_rows(path) if suffix == ".csv" else json_lines(path)
     found = [(path.parent / _video_of(where, row), prompt_of(where, row), where) for where, row in rows]
     if not found:
-        raise ValueError(f"read_pairs: {str(path)!r} holds no video.")
+        raise ValueError(
+            f"read_pairs: {str(path)!r} holds no video, expected at least one. Write a row a video, with its prompt."
+        )
     return found
 
 

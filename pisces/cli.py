@@ -70,7 +70,8 @@ def _pisces(
 ) -> None:
     """Post-train text-to-video generators with rewards that are aligned by optimal transport.
 
-    No command uses the network. Results go to the output folder that you name and nowhere else.
+    No command uses the network, unless the settings of a training name the tracker wandb. Results go to the files and
+    folders that you name, or to those that the command's help gives as the default.
     """
     global _debug
     _debug = debug
@@ -434,12 +435,13 @@ def world_write(
 @world_app.command("train-checkpoints")
 @_reported
 def world_train_checkpoints(
-    output: Annotated[Path | None, typer.Option(help="Folder. Default: inside the package.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder.")] = Path("checkpoints-new"),
     only: Annotated[str | None, typer.Option(help="Stages by comma: vae,encoder,wan-good,wan-base.")] = None,
 ) -> None:
     """Train the packaged checkpoints from nothing: about an hour on two cores, resumable, seeded.
 
-    Stages that are done are skipped; those named by --only are made again.
+    Stages that are done are skipped; those named by --only are made again. The checkpoints of the installation stay as
+    they are.
 
     Examples:
 
@@ -447,11 +449,10 @@ def world_train_checkpoints(
 
       pisces world train-checkpoints --output /tmp/checkpoints --only encoder
     """
-    from pisces.world import CHECKPOINTS
     from pisces.world.checkpoints import train_checkpoints
 
     stages = [stage.strip() for stage in only.split(",") if stage.strip()] if only is not None else None
-    train_checkpoints(output or CHECKPOINTS, only=stages)
+    train_checkpoints(output, only=stages)
 
 
 def main() -> None:

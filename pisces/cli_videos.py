@@ -37,7 +37,8 @@ def score(
 
     quality is the cosine of the text and video embeddings (after the OT map, if one is given), semantic the
     log-probability that the text matches, with partial transport in the cross-attention; an encoder without a match
-    head gives quality alone. Of --vanilla, --tau and --mass at most one is given; without one tau is 0.9.
+    head gives quality alone, and takes none of --vanilla, --tau and --mass. Of these at most one is given; without one
+    tau is 0.9.
 
     A table has a column `video`, `file` or `file_name` and a column `prompt`, `text` or `caption`; that of --csv can be
     read back.
@@ -72,12 +73,13 @@ def score(
     if pairs is not None:
         items = pair_items(pairs)
     else:
-        items = folder_items(folder, prompt) if folder is not None else [Item(path, prompt or "") for path in files]
+        given = folder_items(folder, prompt, "score") if folder is not None else None
+        items = given if given is not None else [Item(path, prompt or "") for path in files]
     scores = run(
         items,
         encoder=encoder,
         ot_map=ot_map,
-        transport=choose_transport("score", tau=tau, mass=mass, vanilla=vanilla),
+        choice=choose_transport("score", tau=tau, mass=mass, vanilla=vanilla),
         json_file=json_file,
         csv_file=csv_file,
         device=device,
@@ -95,15 +97,19 @@ def evaluate(
     encoder: Annotated[str, typer.Option(help="Encoder directory.")] = "packaged",
     ot_map: Annotated[Path | None, typer.Option(help="Alignment that fit-ot-map wrote.")] = None,
     vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
+    tau: Annotated[float | None, typer.Option(help="Transport that keeps weights this far; 1 is balanced.")] = None,
+    mass: Annotated[float | None, typer.Option(help="Transport of exactly this mass.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all numbers as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write each video's numbers as CSV.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 16,
 ) -> None:
     """Measure a folder of videos: rewards, sharpness, saturation, motion, flicker, and the judge where it applies.
 
-    With --before the difference is shown with its bootstrap interval, paired where both folders hold the same files
-    with the same prompts. A video that cannot be read, or whose caption has no word, is named and left out; the exit
-    code is then 1.
+    The rewards are those of pisces score, with the same options. With --before the difference is shown with its
+    bootstrap interval, paired by file and prompt where most videos of both folders have a partner; the others are left
+    out of the difference and counted. A video that cannot be read, or whose caption has no word, is named and left out;
+    the exit code is then 1.
 
     Examples:
 
@@ -114,6 +120,7 @@ def evaluate(
       pisces evaluate /tmp/after --before /tmp/before
     """
     from pisces.commands.evaluate import evaluate as run
+    from pisces.commands.inputs import choose_transport
 
     if prompt is not None and not prompt.strip():
         raise ValueError("evaluate: --prompt is empty, expected at least one word.")
@@ -123,10 +130,11 @@ def evaluate(
         prompt=prompt,
         encoder=encoder,
         ot_map=ot_map,
-        vanilla=vanilla,
+        choice=choose_transport("evaluate", tau=tau, mass=mass, vanilla=vanilla),
         json_file=json_file,
         csv_file=csv_file,
         device=device,
+        batch_size=batch_size,
     )
     if found.after.unreadable or (found.before is not None and found.before.unreadable):
         raise typer.Exit(1)
@@ -160,7 +168,7 @@ def explain(
 
     if not prompt.strip():
         raise ValueError("explain: PROMPT is empty, expected at least one word.")
-    transport = choose_transport("explain", tau=tau, mass=mass, vanilla=vanilla)
+    transport = choose_transport("explain", tau=tau, mass=mass, vanilla=vanilla).transport
     page, _ = run(video, prompt, output, encoder=encoder, transport=transport, layer=layer, head=head, device=device)
     typer.echo(f"Open {page}")
 
@@ -194,9 +202,9 @@ def leverage(
 
     if prompt is not None and not prompt.strip():
         raise ValueError("leverage: --prompt is empty, expected at least one word.")
-    transport = choose_transport("leverage", tau=tau, mass=mass)
+    transport = choose_transport("leverage", tau=tau, mass=mass).transport
     _, unreadable = run(
-        folder_items(folder, prompt),
+        folder_items(folder, prompt, "leverage"),
         encoder=encoder,
         most=most,
         transport=transport,

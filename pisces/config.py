@@ -227,7 +227,7 @@ class ValidationConfig:
 class OptimizerConfig:
     """AdamW; the learning rate warms up linearly, then follows a schedule down to ``final_lr`` of itself."""
 
-    lr: float = 1e-6  # PISCES, for a 13 B model with LoRA; 0.7 M parameters in full want about 3e-4
+    lr: float = 1e-6  # PISCES, for a 13 B model with LoRA; 0.62 M parameters in full want about 3e-4
     betas: tuple[float, float] = (0.9, 0.999)  # PISCES
     weight_decay: float = 1e-3  # PISCES
     warmup_steps: int = 0  # PISCES: none

@@ -86,6 +86,7 @@ def _kernels() -> list[Check]:
 
 
 def _checkpoints() -> list[Check]:
+    from pisces.world import CHECKPOINTS as PACKAGED
     from pisces.world import checkpoint_path
 
     checks = []
@@ -93,7 +94,9 @@ def _checkpoints() -> list[Check]:
         try:
             path = checkpoint_path(name)
         except FileNotFoundError:
-            checks.append(Check("checkpoints", name, "bad", "missing. Run: pisces world train-checkpoints"))
+            checks.append(
+                Check("checkpoints", name, "bad", f"missing. Run: pisces world train-checkpoints --output {PACKAGED}")
+            )
             continue
         megabytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
         checks.append(Check("checkpoints", name, "ok", f"{megabytes:.1f} MB in {path}"))

@@ -14,7 +14,7 @@ from PIL import ImageDraw
 from torch import Tensor
 
 from pisces.report import shorten, typeface
-from pisces.video import atomic_path, check_frames
+from pisces.video import atomic_path, cpu_frames
 
 TILE = 80  # side of a picture, in pixels
 GAP, MARGIN = 3, 20
@@ -55,7 +55,7 @@ def heat_maps(
         >>> heat_maps("/tmp/pisces-heat.png", torch.rand(4, 3, 32, 32), ["red", "dot"], [("Plan", plan)]).name
         'pisces-heat.png'
     """
-    frames = check_frames("heat_maps", frames)
+    frames = cpu_frames(frames, "heat_maps")
     if not words or not blocks:
         raise ValueError(f"heat_maps: got {len(words)} words and {len(blocks)} blocks, expected at least one of each.")
     for heading, values in blocks:

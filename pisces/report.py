@@ -20,7 +20,7 @@ from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
 from pisces.page import Block, Clips, Image, Table, Text, html_page
-from pisces.video import atomic_path, check_frames
+from pisces.video import atomic_path, cpu_frames
 
 __all__ = [
     "Block",
@@ -132,7 +132,7 @@ def _check_rows(who: str, rows: Sequence[Row], prompts: Sequence[str]) -> list[R
         raise ValueError(f"{who}: got {len(rows)} rows and {len(prompts)} prompts, expected at least one of each.")
     checked = []
     for label, frames in rows:
-        frames = check_frames(f"{who}, row {label!r}", frames, "n, T, 3, H, W")
+        frames = cpu_frames(frames, f"{who}, row {label!r}", "n, T, 3, H, W")
         if len(frames) != len(prompts):
             raise ValueError(f"{who}: row {label!r} has {len(frames)} clips, expected {len(prompts)}, one a prompt.")
         checked.append((label, frames))

@@ -22,7 +22,7 @@ from braceexpand import braceexpand
 from torch import Tensor
 
 from pisces.captions import prompt_of, to_text
-from pisces.video import VIDEO_SUFFIXES, Size, VideoReadError, read_video
+from pisces.video import VIDEO_SUFFIXES, Size, VideoReadError, read_pictures, read_video
 
 CAPTION_SUFFIXES = (".txt", ".json")
 RESERVED = re.compile(r"__[^/]*__($|/)")  # names that the format keeps for itself, as webdataset reads it
@@ -70,6 +70,11 @@ def read_item(
     """Frames [T, C, H, W] of a video file or of a member of a shard; as `read_video`."""
     source = file.read() if isinstance(file, Member) else file
     return read_video(source, n_frames=n_frames, size=size, interpolation=interpolation, name=str(file))
+
+
+def read_item_pictures(file: Path | Member) -> Iterator[Tensor]:
+    """Pictures [C, H, W] of a video file or of a member of a shard, one after the other; as `read_pictures`."""
+    yield from read_pictures(file.read() if isinstance(file, Member) else file, name=str(file))
 
 
 class VideoShards(torch.utils.data.Dataset[tuple[Tensor, str]]):

@@ -117,13 +117,22 @@ def read_text(path: str | Path, who: str) -> str:
         raise ValueError(_damaged(path, who, "text file", str(error))) from error
 
 
-def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], who: str) -> None:
+def check_fit(
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    who: str,
+    *,
+    also: Sequence[str] = (),
+    do: str = "Use weights and settings that were written together.",
+) -> None:
     """Refuse tensors that are not those of a model, by name and shape.
 
     Args:
         state: tensors of a file.
         wanted: state of the model.
         who: whose they are, for the message.
+        also: shapes that the caller found to be others.
+        do: what mends it, for the message.
 
     Raises:
         ValueError: names that are missing or unexpected, and other shapes.
@@ -137,11 +146,11 @@ def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], who: st
         {
             "missing": [name for name in wanted if name not in state],
             "unexpected": [name for name in state if name not in wanted],
-            "of another shape": shapes,
+            "of another shape": [*shapes, *also],
         }
     )
     if found:
-        raise ValueError(f"{who} does not fit. {found}. Use weights and settings that were written together.")
+        raise ValueError(f"{who} does not fit. {found}. {do}")
 
 
 def listed(problems: Mapping[str, Sequence[str]]) -> str:

@@ -164,11 +164,7 @@ def read_video(
     target = (size, size) if isinstance(size, int) else size
     if target is not None and min(target) < 1:
         raise ValueError(f"read_video: size is {size}, expected at least 1 pixel a side or None.")
-    video = _Source(Path(name), source) if isinstance(source, bytes) else _Source(Path(source))
-    path = video.path
-    if video.content is None and not path.is_file():
-        raise VideoReadError(path, "it is a folder, not a file" if path.is_dir() else "no such file")
-
+    video = _source_of(source, name)
     reformatter = VideoReformatter()
 
     def to_tensor(frame: Any) -> Tensor:
@@ -187,8 +183,49 @@ def read_video(
     shapes = {tuple(picture.shape) for picture in pictures}
     if len(shapes) > 1:
         sizes = ", ".join(sorted(f"{w}x{h}" for _, h, w in shapes))
-        raise VideoReadError(path, f"its picture size changes ({sizes}); give `size` to bring them to one")
+        raise VideoReadError(video.path, f"its picture size changes ({sizes}); give `size` to bring them to one")
     return torch.stack(pictures)
+
+
+def read_pictures(
+    source: str | os.PathLike[str] | bytes, *, name: str | os.PathLike[str] = "bytes"
+) -> Iterator[Tensor]:
+    """Read all pictures of a video one after the other: however long it is, it takes the memory of a few.
+
+    Args:
+        source: as of `read_video`.
+        name: as of `read_video`.
+
+    Yields:
+        [3, H, W] float32 in [0, 1], all of one size.
+
+    Raises:
+        VideoReadError: as `read_video`; of a file that is cut off, after its pictures were given.
+
+    Example:
+        >>> _ = write_video("/tmp/pisces-example.mp4", torch.rand(9, 3, 32, 32))
+        >>> sum(1 for _ in read_pictures("/tmp/pisces-example.mp4"))
+        9
+    """
+    video, reformatter = _source_of(source, name), VideoReformatter()
+    shape: torch.Size | None = None
+    for frame, _ in _decode(video):
+        picture = _to_tensor(frame, None, "bilinear", reformatter)
+        shape = shape or picture.shape
+        if picture.shape != shape:
+            sizes = ", ".join(f"{w}x{h}" for _, h, w in (shape, picture.shape))
+            raise VideoReadError(video.path, f"its picture size changes ({sizes})")
+        yield picture
+
+
+def _source_of(source: str | os.PathLike[str] | bytes, name: str | os.PathLike[str]) -> _Source:
+    """The content under its name, or a file that is there."""
+    if isinstance(source, bytes):
+        return _Source(Path(name), source)
+    path = Path(source)
+    if not path.is_file():
+        raise VideoReadError(path, "it is a folder, not a file" if path.is_dir() else "no such file")
+    return _Source(path)
 
 
 def _times(video: _Source) -> tuple[np.ndarray, int, list[Any] | None]:
@@ -306,8 +343,16 @@ def _to_tensor(frame: Any, size: tuple[int, int] | None, interpolation: str, ref
     return picture[:, top : top + size[0], left : left + size[1]].clamp(0.0, 1.0).contiguous()
 
 
-def check_frames(who: str, frames: Tensor, dims: str = "T, 3, H, W") -> Tensor:
-    """Check that `frames` is a float tensor of the given dimensions in [0, 1] and return it on the CPU, detached.
+def cpu_frames(frames: Tensor, who: str, dims: str = "T, 3, H, W") -> Tensor:
+    """Frames as they are written to files: on the CPU, detached, float32; what is none in [0, 1] is refused.
+
+    Args:
+        frames: floating point in [0, 1], with a tolerance of 0.001.
+        who: name for the message.
+        dims: its dimensions, for the message too; channels are the third from the end.
+
+    Returns:
+        The same numbers.
 
     Raises:
         ValueError: wrong number of dimensions or channels, not floating point, or out of range.
@@ -347,7 +392,7 @@ def video_bytes(frames: Tensor, *, fps: float = 8.0, lossless: bool = True, scal
         >>> len(video_bytes(torch.zeros(9, 3, 32, 32))) < 4096
         True
     """
-    frames = check_frames("write_video", frames)
+    frames = cpu_frames(frames, "write_video")
     if not fps > 0:
         raise ValueError(f"write_video: fps is {fps}, expected a positive number.")
     if scale is None:

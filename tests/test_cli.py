@@ -91,7 +91,9 @@ def test_help_names_every_command() -> None:
     text = run("--help").output
     for command in COMMANDS:
         assert command.split()[0] in text
-    assert "No command uses the network" in text
+    assert "No command uses the network, unless the settings of a training name the tracker wandb" in " ".join(
+        text.split()
+    )
     assert "train-checkpoints" in run("world", "--help").output
 
 
@@ -404,6 +406,8 @@ def test_doctor_tells_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     result = run("doctor")
     assert result.exit_code == 1
     assert "pisces world train-checkpoints" in result.stdout
+    missing = {row["name"]: row for row in json.loads(run("doctor", "--json").stdout)}["encoder"]
+    assert f"train-checkpoints --output {tmp_path}" in str(missing)  # which is where they are looked for
 
 
 def test_doctor_looks_for_all_that_is_required() -> None:
@@ -418,6 +422,14 @@ def test_the_world_is_written_by_seed(tmp_path: Path) -> None:
     assert contents(tmp_path / "a") != contents(tmp_path / "c")
     refused(run("world", "write", tmp_path / "d", "--split", "test"), "'test'", "held_out")
     refused(run("world", "train-checkpoints", "--output", tmp_path / "d", "--only", "vea"), "vea", "vae")
+
+
+def test_checkpoints_are_never_trained_into_the_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path] = []
+    monkeypatch.setattr("pisces.world.checkpoints.train_checkpoints", lambda output, only: folders.append(output))
+    monkeypatch.chdir(tmp_path)
+    assert run("world", "train-checkpoints", "--only", "encoder").exit_code == 0
+    assert [folder.resolve() for folder in folders] == [tmp_path / "checkpoints-new"]
 
 
 def test_nothing_is_written_outside_the_output_folder(wan: Path, shapes: Path, tmp_path: Path) -> None:

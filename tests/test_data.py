@@ -19,6 +19,7 @@ from torch import Tensor
 from pisces.data import (
     VideoReadError,
     atomic_path,
+    read_pictures,
     read_video,
     uniform_indices,
     write_video,
@@ -284,6 +285,8 @@ def test_formats_and_their_truncations(
     assert read_video(path, n_frames=8, size=32).shape == (8, 3, 32, 32)
     data = path.read_bytes()
     assert torch.equal(read_video(data), frames)  # the same from memory
+    for source in (path, data):
+        assert torch.equal(torch.stack(list(read_pictures(source))), frames)  # and one by one
     for fraction in (0.01, 0.2, 0.5, 0.85):
         cut = tmp_path / f"cut-{name}"
         cut.write_bytes(data[: int(len(data) * fraction)])
@@ -293,6 +296,8 @@ def test_formats_and_their_truncations(
             with pytest.raises(VideoReadError, match="in/memory") as caught:
                 read_video(cut.read_bytes(), n_frames=n_frames, name="in/memory")
             assert caught.value.path == Path("in/memory")
+        with pytest.raises(VideoReadError, match="cut-a"):
+            list(read_pictures(cut))
 
 
 def test_a_cut_fast_start_mp4_with_sound_is_named(tmp_path: Path) -> None:

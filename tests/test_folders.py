@@ -100,9 +100,13 @@ def test_prompts_of_every_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", b"\n \n", "holds no prompt"),
+        ("p.txt", b"\n \n", "holds no prompt, expected at least one. Write one a line"),
         ("p.txt", b"\xff\xfe\x00", "UTF-8"),
-        ("p.jsonl", b'{"prompt": "x"}\n{"prompt": ""}\n', "line 2: the prompt is empty"),
+        (
+            "p.jsonl",
+            b'{"prompt": "x"}\n{"prompt": ""}\n',
+            "line 2: the prompt is empty, expected at least one word. Fill it",
+        ),
         ("p.jsonl", b'{"prompts": "x"}\n', "line 1: found 'prompts', expected one of 'prompt'"),
         ("p.jsonl", b"[1]\n", "line 1: expected a string or an object"),
         ("p.jsonl", b"{x}\n", "line 1: not JSON"),
@@ -115,5 +119,5 @@ def test_bad_prompt_files_are_named(tmp_path: Path, name: str, content: bytes, m
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="absent"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt', expected a file of prompts. Check the name"):
         read_prompts(tmp_path / "absent.txt")

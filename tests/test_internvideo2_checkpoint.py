@@ -204,6 +204,10 @@ def test_a_directory_of_files_is_an_encoder(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"n_frames": 0}, "n_frames is 0"),
+        ({"n_frames": True}, "n_frames is True, expected an integer"),
+        ({"size": 28.0}, "size is 28.0, expected an integer"),
+        ({"checkpoint": "false"}, "checkpoint is 'false', expected true or false"),
+        ({"checkpoint": 1}, "checkpoint is 1, expected true or false"),
         ({"size": 30}, "size 30 is not a multiple of patch_size 14"),
         ({"vision_heads": 5}, "vision_heads 5"),
         ({"pool_heads": 5}, "pool_heads 5"),

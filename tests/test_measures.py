@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pisces.measures import MEASURES, measure
+from pisces.measures import MEASURES, measure, measure_pictures
 
 
 def clips(seed: int, *, n: int = 3, n_frames: int = 6, height: int = 11, width: int = 14) -> Tensor:
@@ -44,6 +44,22 @@ def test_equal_to_the_formulas(seed: int) -> None:
     for i, video in enumerate(frames.double().numpy()):
         for name, value in by_hand(video).items():
             assert found[name][i].item() == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize("n_frames", [1, 2, 3, 7])
+def test_pictures_one_by_one_have_the_measures_of_the_video(n_frames: int, seed: int) -> None:
+    (video,) = clips(seed, n=1, n_frames=n_frames)
+    found = measure_pictures(iter(video))
+    assert tuple(found) == MEASURES
+    for name, values in measure(video[None]).items():
+        assert found[name] == pytest.approx(values.item(), rel=1e-5, abs=1e-9), name
+
+
+def test_no_picture_and_bytes_are_refused() -> None:
+    with pytest.raises(ValueError, match="got no picture"):
+        measure_pictures([])
+    with pytest.raises(TypeError, match="Divide uint8 by 255"):
+        measure_pictures([torch.zeros(3, 8, 8, dtype=torch.uint8)])
 
 
 def test_a_video_counts_for_itself(seed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import re
 from pathlib import Path
@@ -287,6 +288,39 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     BlipModel(tiny_model("blip").config).save_pretrained(tmp_path / "blip")
     with pytest.raises(ValueError, match=r"\d+ missing: .*Expected a model for image-text retrieval"):
         BlipEncoder.from_pretrained(tmp_path / "blip")
+
+
+def changed_processor(path: Path, **changes: object) -> None:
+    """Settings of the saved image processor, replaced."""
+    (file,) = (path / name for name in ("preprocessor_config.json", "processor_config.json") if (path / name).is_file())
+    settings = json.loads(file.read_text())
+    part = settings.get("image_processor", settings)
+    part |= changes
+    file.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_an_image_processor_asks_for_is_done_or_refused(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
+    for number, mode in ((2, "bilinear"), (3, "bicubic")):
+        changed_processor(tmp_path, resample=number)
+        assert load_encoder(tmp_path).interpolation == mode
+    for number in (0, 1, 4, 5):
+        changed_processor(tmp_path, resample=number)
+        with pytest.raises(ValueError, match=r"resample .*, expected 2 \(bilinear\) or 3 \(bicubic\)\. Set"):
+            load_encoder(tmp_path)
+    changed_processor(tmp_path, resample=2, do_normalize=False)
+    plain = load_encoder(tmp_path)
+    frames = pictures(1, plain.n_frames)
+    prepared = plain.pixels.prepare(frames, plain.n_frames, torch.float64, "test")
+    torch.testing.assert_close(prepared, frames, rtol=0, atol=1e-12)
+    if name in ("clip", "siglip", "blip"):  # as transformers does it
+        want = processed(tmp_path, frames[0], name)["pixel_values"]
+        torch.testing.assert_close(prepared[0], want, rtol=0, atol=1e-6)
+    for changes in ({"do_rescale": False}, {"rescale_factor": 1 / 127.5}):
+        changed_processor(tmp_path, **{"do_rescale": True, **changes})
+        with pytest.raises(ValueError, match=r"multiplies bytes by .*, expected 1/255"):
+            load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ from commands import refused, run
 from tiny_transformers import save_tiny
 
 from pisces.captions import read_pairs
-from pisces.commands import score as score_command
+from pisces.commands import inputs
 from pisces.commands.inputs import transport_settings
 from pisces.data import VideoFolder, read_video, write_metadata, write_video
 from pisces.encoders import TinyEncoder, load_encoder
@@ -118,7 +118,7 @@ def test_rows_that_cannot_be_read_keep_their_place_and_their_prompt(clips: Video
         ("p.csv", "video,words\na.mp4,x\n", ("p.csv, line 2", "found 'video', 'words'", "'caption'")),
         ("p.csv", "video,prompt\na.mp4,x\n\n,y\n", ("p.csv, line 4", "the video is ''")),
         ("p.csv", "video,prompt\na.mp4,red, left\n", ("p.csv, line 2", "3 cells, expected 2", "quotes")),
-        ("p.csv", "video,prompt\n", ("p.csv", "holds no video")),
+        ("p.csv", "video,prompt\n", ("p.csv", "holds no video", "expected", "Write")),
         ("p.csv", "video,prompt\na.mp4," + "x" * 200_000, ("p.csv, line 2", "not CSV")),
         ("p.jsonl", '{"video": "a.mp4", "prompt": "x"}\n{"video": 3, "prompt": "x"}', ("p.jsonl, line 2", "is 3")),
         ("p.jsonl", '"a.mp4"', ("p.jsonl, line 1", "expected an object")),
@@ -138,7 +138,7 @@ def test_a_table_is_one_source_of_videos_and_has_its_own_prompts(clips: VideoFol
     (tmp_path / "p.csv").write_text(f"video,prompt\n{clips.files[0]},x\n")
     refused(run("score", "--pairs", tmp_path / "p.csv", "--prompt", "y"), "--prompt")
     refused(run("score", "--pairs", tmp_path / "p.csv", "--folder", clips.path), "either")
-    refused(run("score", "--pairs", tmp_path / "absent.csv"), "absent.csv")
+    refused(run("score", "--pairs", tmp_path / "absent.csv"), "absent.csv", "expected a table", "Check")
     (tmp_path / "p.csv").write_text("video,prompt\na.mp4\n")
     assert read_pairs(tmp_path / "p.csv") == [(tmp_path / "a.mp4", "", f"{tmp_path / 'p.csv'}, line 2")]
 
@@ -160,6 +160,51 @@ def test_what_the_shell_makes_of_a_pattern_is_scored(clips: VideoFolder, tmp_pat
     assert [row["file"] for row in scores[0]] == [str(file) for file in clips.files[:3]]
     assert scores[1:] == scores[:1] * 3
     refused(run("score", clips.path, *options), str(clips.path), "--folder")
+
+
+# Folders
+
+
+def scored(command: str, folder: Path, report_file: Path, *options: object) -> list[str]:
+    """The files that `score` or `evaluate` looks at."""
+    where = ("--folder", folder) if command == "score" else (folder,)
+    assert run(command, *where, *options, "--json", report_file).exit_code == 0
+    left = report(report_file)
+    rows = left["scores"] if command == "score" else left["videos"][str(folder)]
+    return [row["file"] for row in rows]
+
+
+@pytest.mark.parametrize("command", ["score", "evaluate"])
+@pytest.mark.parametrize("captions", ["listing", "beside"])
+def test_a_prompt_replaces_captions_and_not_the_videos(
+    captions: str, command: str, clips: VideoFolder, tmp_path: Path
+) -> None:
+    folder = tmp_path / "v"
+    (folder / "deeper").mkdir(parents=True)
+    for i in (3, 1, 2):
+        (folder / f"{i}.mp4").symlink_to(clips.files[i])
+        (folder / "deeper" / f"{i}.mp4").symlink_to(clips.files[i])
+        if captions == "beside":
+            (folder / f"{i}.txt").write_text(clips.captions[i])
+    if captions == "listing":
+        names = ["3.mp4", "deeper/1.mp4", "1.mp4"]  # one of a subfolder, one left out, in an order of its own
+        write_metadata(folder, [{"file_name": name, "text": "a red square"} for name in names])
+    plain = scored(command, folder, tmp_path / "r.json")
+    assert len(plain) == 3
+    assert scored(command, folder, tmp_path / "r.json", "--prompt", "a blue circle") == plain
+
+
+def test_with_a_prompt_videos_without_captions_are_found(clips: VideoFolder, tmp_path: Path) -> None:
+    for name in ("a/0.mp4", "b/c/1.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).symlink_to(clips.files[0])
+    want = [str(tmp_path / name) for name in ("a/0.mp4", "b/c/1.mp4")]
+    assert scored("score", tmp_path, tmp_path / "r.json", "--prompt", "a red square") == want
+    (tmp_path / "2.mp4").symlink_to(clips.files[2])
+    assert scored("score", tmp_path, tmp_path / "r.json", "--prompt", "a red square") == [str(tmp_path / "2.mp4")]
+    (tmp_path / "empty").mkdir()
+    for command in (("score", "--folder"), ("leverage", "--folder"), ("evaluate",)):
+        refused(run(*command, tmp_path / "empty", "--prompt", "x"), f"{command[0]}: ", "holds no video", "expected")
 
 
 # Prompts that an encoder refuses, and calls that end early
@@ -194,13 +239,15 @@ def test_prompts_are_read_before_any_video(clips: VideoFolder, tmp_path: Path, m
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a video was decoded")
 
-    monkeypatch.setattr("pisces.commands.score.read_item", never)
+    monkeypatch.setattr("pisces.commands.inputs.read_item", never)
+    monkeypatch.setattr("pisces.commands.evaluate.read_item_pictures", never)
     monkeypatch.setattr("pisces.commands.leverage.read_item", never)
     monkeypatch.setattr("pisces.commands.explain.read_video", never)
     (tmp_path / "p.csv").write_text(f"video,prompt\n{clips.files[0]},?!\n{clips.files[1]},...\n")
     refused(run("score", "--pairs", tmp_path / "p.csv"), "p.csv, line 2", "'?!'", "at least one word")
     refused(run("score", clips.files[0], "--prompt", "?!"), str(clips.files[0]), "at least one word")
     refused(run("leverage", "--folder", clips.path, "--prompt", "?!"), "leverage", "at least one word")
+    refused(run("evaluate", clips.path, "--prompt", "?!"), "evaluate", "at least one word")
     refused(run("explain", clips.files[0], "?!", "--output", tmp_path / "w.html"), "explain", "at least one word")
 
 
@@ -358,6 +405,7 @@ def test_explain_draws_the_transport_that_was_asked_for(clips: VideoFolder, tmp_
 def test_settings_of_the_transport_that_cannot_be_are_refused(clips: VideoFolder, tmp_path: Path) -> None:
     for command in (
         ("score", "--folder", clips.path),
+        ("evaluate", clips.path),
         ("leverage", "--folder", clips.path),
         ("explain", clips.files[0], clips.captions[0], "--output", tmp_path / "w.html"),
     ):
@@ -388,7 +436,10 @@ def test_an_encoder_without_a_match_head_gives_quality_alone(name: str, clips: V
         assert row["semantic"] == row["match"] == row["why"] == ""
         assert float(row["quality"]) == pytest.approx(value, abs=1e-5)
     assert run("score", "--pairs", tmp_path / "s.csv", "--encoder", tmp_path / name).exit_code == 0
-    refused(run(*command, "--mass", "0.5"), "--mass", "match head")
+    # whatever the option says, the default too
+    for options in (("--mass", "0.5"), ("--tau", "0.8"), ("--tau", "0.9"), ("--vanilla",)):
+        for one in (command, ("evaluate", clips.path, "--encoder", tmp_path / name)):
+            refused(run(*one, *options), f"{one[0]}: {options[0]} ", "match head")
 
 
 # Leverage beside the scores
@@ -398,13 +449,13 @@ def test_leverage_beside_the_scores_is_that_of_its_own_command(
     clips: VideoFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pisces.cli_videos.MOST", 4)
-    read, seen = score_command.read_item, []
+    read, seen = inputs.read_item, []
 
     def watched(file: Path, **options: Any) -> torch.Tensor:
         seen.append(file)
         return read(file, **options)
 
-    monkeypatch.setattr(score_command, "read_item", watched)
+    monkeypatch.setattr(inputs, "read_item", watched)
     for options in ((), ("--mass", "0.5")):
         seen.clear()
         both = run("score", "--folder", clips.path, "--json", tmp_path / "s.json", "--leverage", *options)

@@ -1,21 +1,26 @@
-"""What commands that look at videos are given: videos with prompts of folders, shards or tables; transport; device."""
+"""What commands that look at videos are given: videos with prompts, of folders, shards or tables; rewards; device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from pisces.captions import read_pairs
-from pisces.data import VideoShards, is_video_folder, open_videos
-from pisces.encoders import Encoder
+from pisces.config import resolve_path
+from pisces.data import VideoReadError, VideoShards, is_video_folder, open_videos
+from pisces.encoders import Encoder, load_encoder
 from pisces.encoders.base import refused_prompts
+from pisces.ot_map import Alignment
 from pisces.pipelines.trainable import best_device
-from pisces.rewards import Transport
-from pisces.shards import Member
+from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, Transport
+from pisces.rewards.base import check_match_head
+from pisces.shards import Member, read_item
 from pisces.video import VIDEO_SUFFIXES
 
 
@@ -33,20 +38,32 @@ class Item(NamedTuple):
     where: str = ""
 
 
-def folder_items(folder: Path, prompt: str | None) -> list[Item]:
-    """Videos of a folder or of shards with their captions, or all with one prompt.
+def folder_items(folder: Path, prompt: str | None, who: str) -> list[Item]:
+    """Videos of a folder or of shards with their captions, or the same videos all with one prompt.
+
+    With a prompt captions may be missing; of a folder that has neither metadata.jsonl nor a video of its own, the
+    videos of its subfolders are taken then.
+
+    Args:
+        folder: what `open_videos` opens.
+        prompt: replaces the captions; None reads them.
+        who: name of the command, for the message.
 
     Raises:
         FileNotFoundError: no such folder or shard, or a caption is missing.
         ValueError: no video, a bad caption file, or a damaged shard.
     """
-    if prompt is None or not folder.is_dir() or not is_video_folder(folder):
+    if prompt is None or not (folder.is_dir() and is_video_folder(folder)) or (folder / "metadata.jsonl").is_file():
         videos = open_videos(folder)
         return [Item(file, prompt or caption) for file, caption in zip(videos.files, videos.captions, strict=True)]
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-    if not files:
-        raise ValueError(f"score: {str(folder)!r} holds no video ({', '.join(VIDEO_SUFFIXES)}).")
-    return [Item(file, prompt) for file in files]
+    for pattern in ("*", "**/*"):
+        files = sorted(p for p in folder.glob(pattern) if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+        if files:
+            return [Item(file, prompt) for file in files]
+    raise ValueError(
+        f"{who}: {str(folder)!r} holds no video, expected files ending in {', '.join(VIDEO_SUFFIXES)}. Name the folder "
+        "that they are in."
+    )
 
 
 def pair_items(table: Path) -> list[Item]:
@@ -82,8 +99,12 @@ def check_items(encoder: Encoder, items: Sequence[Item], who: str) -> dict[str, 
     return refused
 
 
-def choose_device(name: str | None, who: str) -> torch.device:
-    """The device of that name; None is the first GPU if there is one, else the CPU.
+def choose_device(name: str | torch.device | None, who: str) -> torch.device:
+    """The device of that name, tried out.
+
+    Args:
+        name: such as "cuda:1", or the device itself; None is the first GPU if there is one, else the CPU.
+        who: name of the command, for the message.
 
     Raises:
         ValueError: no such device here.
@@ -99,7 +120,19 @@ def choose_device(name: str | None, who: str) -> torch.device:
     return device
 
 
-def choose_transport(who: str, *, tau: float | None, mass: float | None, vanilla: bool = False) -> Transport | None:
+class TransportChoice(NamedTuple):
+    """The transport that a command's options ask for.
+
+    Attributes:
+        transport: of the words to the video tokens; None leaves the cross-attention as it is.
+        option: which of --tau, --mass and --vanilla was given; None where none was.
+    """
+
+    transport: Transport | None
+    option: str | None
+
+
+def choose_transport(who: str, *, tau: float | None, mass: float | None, vanilla: bool = False) -> TransportChoice:
     """The transport of the options --tau, --mass and --vanilla, of which at most one is given.
 
     Raises:
@@ -112,11 +145,94 @@ def choose_transport(who: str, *, tau: float | None, mass: float | None, vanilla
     for name, value in options.items():
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"{who}: {name} is {value}, expected more than 0 and at most 1.")
+    if not given:
+        return TransportChoice(Transport(), None)
     if vanilla:
-        return None
-    if mass is not None:
-        return Transport(mass=mass)
-    return Transport() if tau is None else Transport(tau=tau)
+        return TransportChoice(None, given[0])
+    return TransportChoice(Transport(mass=mass) if tau is None else Transport(tau=tau), given[0])
+
+
+class LoadedRewards(NamedTuple):
+    """What `load_rewards` returns.
+
+    Attributes:
+        encoder: of the rewards.
+        rewards: quality, and semantic where the encoder has a match head.
+        settings: how they were made, for a report.
+    """
+
+    encoder: Encoder
+    rewards: CompositeReward
+    settings: dict[str, Any]
+
+
+def load_rewards(
+    who: str, encoder: str, ot_map: Path | None, choice: TransportChoice, place: torch.device
+) -> LoadedRewards:
+    """The rewards by which a command measures videos.
+
+    Args:
+        who: name of the command, for the messages.
+        encoder: directory of an encoder, or "packaged".
+        ot_map: alignment file; None compares the embeddings as they are.
+        choice: transport of the semantic reward.
+        place: device of the rewards.
+
+    Raises:
+        FileNotFoundError: no such encoder or alignment.
+        ValueError: the alignment is for another encoder, or a transport was asked of one without a match head.
+    """
+    model = load_encoder(resolve_path(encoder))
+    matches = getattr(model, "has_match_head", True)
+    if not matches and choice.option is not None:
+        check_match_head(model, f"{who}: {choice.option} is a setting of the semantic reward")
+    terms: dict[str, Reward] = {"quality": QualityReward(model, Alignment.load(ot_map) if ot_map else None)}
+    if matches:
+        terms["semantic"] = SemanticReward(model, transport=choice.transport)
+    settings: dict[str, Any] = {
+        "encoder": encoder,
+        "ot_map": str(ot_map) if ot_map else None,
+        "match_head": matches,
+        "partial_transport": matches and choice.transport is not None,
+        "transport": transport_settings(choice.transport if matches else None),
+        "device": str(place),
+    }
+    return LoadedRewards(model, CompositeReward(terms, dict.fromkeys(terms, 1.0)).to(place), settings)
+
+
+def read_batches(
+    items: Sequence[Item],
+    numbers: Sequence[int],
+    batch_size: int,
+    how_to_read: dict[str, Any],
+    skip: Callable[[int, str], object],
+    doing: str,
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """Read videos batch by batch.
+
+    Args:
+        items: the videos.
+        numbers: which of them are read.
+        batch_size: most videos at a time.
+        how_to_read: `read_options` of an encoder.
+        skip: called with the number of a video that cannot be read and the reason.
+        doing: what the progress bar says.
+
+    Yields:
+        Frames [B, T, 3, H, W] and the numbers of their items.
+    """
+    batch: dict[int, Tensor] = {}
+    # disable=None: no bar where stderr is no terminal
+    for i in tqdm(numbers, desc=doing, unit="video", disable=None if len(numbers) > batch_size else True):
+        try:
+            batch[i] = read_item(items[i].file, **how_to_read)
+        except VideoReadError as error:
+            skip(i, error.why)
+        if len(batch) == batch_size:
+            yield torch.stack(list(batch.values())), list(batch)
+            batch = {}
+    if batch:
+        yield torch.stack(list(batch.values())), list(batch)
 
 
 def transport_name(transport: Transport) -> str:

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from tqdm import tqdm
 
-from pisces.commands.inputs import Item, check_items, choose_device, transport_settings
+from pisces.commands.inputs import Item, TransportChoice, check_items, choose_device, load_rewards, read_batches
 from pisces.commands.leverage import evenly, measured, print_leverage
-from pisces.config import resolve_path
-from pisces.data import VideoReadError, atomic_path
-from pisces.encoders import load_encoder, read_options
+from pisces.data import atomic_path
+from pisces.encoders import read_options
 from pisces.encoders.tiny import unknown_words
-from pisces.ot_map import Alignment
-from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, Transport
+from pisces.rewards import Transport
 from pisces.rewards.base import check_match_head
-from pisces.shards import read_item
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ def score(
     *,
     encoder: str,
     ot_map: Path | None,
-    transport: Transport | None,
+    choice: TransportChoice,
     json_file: Path | None,
     csv_file: Path | None,
     device: str | None,
@@ -91,7 +87,7 @@ def score(
         items: videos with prompts.
         encoder: directory of an encoder, or "packaged".
         ot_map: alignment file; None compares the embeddings as they are.
-        transport: of the words to the video tokens; None leaves the cross-attention as it is.
+        choice: transport of the words to the video tokens.
         json_file: receives settings, scores, unreadable videos, and how many are pending.
         csv_file: receives one line a video in the order of the items, unreadable ones with their reason. `pair_items`
             reads it: a relative name of a video is written relative to the file's folder.
@@ -109,50 +105,37 @@ def score(
             transport or the leverage are asked of an encoder without a match head, or the leverage of one video.
     """
     place = choose_device(device, "score")
-    model = load_encoder(resolve_path(encoder))
-    matches = getattr(model, "has_match_head", True)
+    moved = choice.transport or Transport()  # whose leverage is measured
+    model, rewards, settings = load_rewards("score", encoder, ot_map, choice, place)
     if leverage:
         check_match_head(model, "score: --leverage")
-    if not matches and transport not in (None, Transport()):
-        check_match_head(model, "score: --tau and --mass are settings of the semantic reward")
-    parts: dict[str, Reward] = {"quality": QualityReward(model, Alignment.load(ot_map) if ot_map else None)}
-    if matches:
-        parts["semantic"] = SemanticReward(model, transport=transport)
-    rewards = CompositeReward(parts, dict.fromkeys(parts, 1.0)).to(place)
     refused = check_items(model, items, "score")
     readable = [i for i, item in enumerate(items) if item.prompt not in refused]
     if leverage and len(readable) < 2:
         raise ValueError("score: --leverage got one video, expected at least two for a standard deviation.")
-    settings: dict[str, Any] = {
-        "encoder": encoder,
-        "ot_map": str(ot_map) if ot_map else None,
-        "match_head": matches,
-        "partial_transport": matches and transport is not None,
-        "transport": transport_settings(transport if matches else None),
-        "device": str(place),
-        "leverage": None,
-    }
+    settings["leverage"] = None
     scores, files = Scores(items, settings), _Files(json_file, csv_file)
     for i, item in enumerate(items):
         if item.prompt in refused:
             scores.enter(i, why=refused[item.prompt])
     chosen = {readable[k] for k in evenly(len(readable), leverage)} if leverage else set()
     kept: dict[int, Tensor] = {}
-    for frames, batch in _batches(scores, read_options(model), batch_size):
+    how, skip = read_options(model), lambda i, why: scores.enter(i, why=why)
+    for frames, batch in read_batches(items, readable, batch_size, how, skip, "scoring"):
         # copies: a view would hold the whole batch
         kept |= {i: video.clone() for i, video in zip(batch, frames, strict=True) if i in chosen}
         with torch.no_grad():
             terms = rewards.terms(frames.to(place), [items[i].prompt for i in batch])
         for k, i in enumerate(batch):
             found: dict[str, float | None] = {"quality": terms["quality"][k].item(), "semantic": None, "match": None}
-            if matches:
+            if settings["match_head"]:
                 found |= {"semantic": terms["semantic"][k].item(), "match": terms["semantic"][k].exp().item()}
             scores.enter(i, **found)
         files.write(scores)
     files.write(scores, last=True)
     if len(kept) > 1:
         texts = [items[i].prompt for i in kept]
-        settings["leverage"] = measured(model, list(kept.values()), texts, transport or Transport(), place, batch_size)
+        settings["leverage"] = measured(model, list(kept.values()), texts, moved, place, batch_size)
         files.write(scores, last=True)
     _print(
         scores,
@@ -161,27 +144,10 @@ def score(
         what="scored" if refused else "read",
     )
     if settings["leverage"]:
-        print_leverage(settings["leverage"], transport or Transport())
+        print_leverage(settings["leverage"], moved)
     elif leverage:
         Console(stderr=True).print("pisces: fewer than two videos could be read: no leverage", style="red")
     return scores
-
-
-def _batches(scores: Scores, how_to_read: dict[str, Any], batch_size: int) -> Iterator[tuple[Tensor, list[int]]]:
-    """Frames and numbers of the videos that can be read; of the others the reason is entered."""
-    numbers = [i for i in range(len(scores.items)) if i not in scores.found]
-    batch: dict[int, Tensor] = {}
-    # disable=None: no bar where stderr is no terminal
-    for i in tqdm(numbers, desc="scoring", unit="video", disable=None if len(numbers) > batch_size else True):
-        try:
-            batch[i] = read_item(scores.items[i].file, **how_to_read)
-        except VideoReadError as error:
-            scores.enter(i, why=error.why)
-        if len(batch) == batch_size:
-            yield torch.stack(list(batch.values())), list(batch)
-            batch = {}
-    if batch:
-        yield torch.stack(list(batch.values())), list(batch)
 
 
 class _Files:

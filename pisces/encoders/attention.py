@@ -6,6 +6,7 @@ import math
 from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,12 +23,12 @@ class Projections(Protocol):
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, D] -> [B, H, N, D / H]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """[B, H, N, D / H] -> [B, N, D]."""
-    return x.transpose(1, 2).flatten(2)
+    return rearrange(x, "b h n d -> b n (h d)")
 
 
 def cross_attention(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 _PART = 64  # prompts that are read at once when it is asked which are refused
@@ -141,9 +142,10 @@ def resample(frames: Tensor, n_frames: int, size: int, *, mode: str = "bilinear"
     if (h, w) != (size, size):
         scale = size / min(h, w)
         h, w = max(size, round(h * scale)), max(size, round(w * scale))
-        flat = F.interpolate(frames.flatten(0, 1), size=(h, w), mode=mode, antialias=True, align_corners=False)
+        flat = rearrange(frames, "b t c h w -> (b t) c h w")
+        flat = F.interpolate(flat, size=(h, w), mode=mode, antialias=True, align_corners=False)
         top, left = (h - size) // 2, (w - size) // 2
-        frames = flat[..., top : top + size, left : left + size].unflatten(0, (b, n_frames))
+        frames = rearrange(flat[..., top : top + size, left : left + size], "(b t) c h w -> b t c h w", b=b)
         if mode == "bicubic":
             frames = frames.clamp(0.0, 1.0)
     return frames
@@ -183,6 +185,21 @@ def check_frames(frames: Tensor, who: str) -> None:
 def unit(x: Tensor) -> Tensor:
     """x [..., E] scaled to length 1, in float32 where it came in 16 bits: rewards differ in digits that those lack."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def log_odds(head: nn.Linear, x: Tensor) -> Tensor:
+    """What a match head says of x [B, D], in float32 where it came in 16 bits.
+
+    Args:
+        head: one logit, or those of no match and of a match.
+        x: [B, D] features.
+
+    Returns:
+        [B], the one logit, or the second minus the first.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = F.linear(x.to(wide), head.weight.to(wide), head.bias.to(wide))
+    return logits[:, 0] if head.out_features == 1 else logits[:, 1] - logits[:, 0]
 
 
 def check_pairs(text: TextFeatures, video: VideoFeatures, who: str) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pisces.encoders.attention import cross_attention
-from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, check_pairs, unit
+from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, check_pairs, log_odds, unit
 from pisces.encoders.pretrained import Pixels, Words, load_model, load_pixels, load_tokenizer, model_type, read_prompts
 from pisces.tokens import TokenGrid
 
@@ -74,13 +74,14 @@ class BlipEncoder(nn.Module):
             ValueError: not five dimensions or not three channels.
         """
         x = self.pixels.prepare(frames, self.n_frames, self.model.dtype, "BlipEncoder.encode_video")
-        features = self.model.vision_model(x.flatten(0, 1)).last_hidden_state.unflatten(0, x.shape[:2])
+        features = self.model.vision_model(rearrange(x, "b t c h w -> (b t) c h w")).last_hidden_state
+        features = rearrange(features, "(b t) m d -> b t m d", t=self.n_frames)
         images = unit(self.model.vision_proj(features[:, :, 0]))  # [B, T, E]
         one = self.frame.frame_index().to(x.device)  # -1 for CLS, 0 for the patches
         later = torch.arange(self.n_frames, device=x.device)[:, None]
         index = torch.where(one < 0, one, one + later).flatten()
         positions = self.frame.positions().to(x.device).repeat(self.n_frames, 1)
-        return VideoFeatures(features.flatten(1, 2), unit(images.mean(1)), index, positions)
+        return VideoFeatures(rearrange(features, "b t m d -> b (t m) d"), unit(images.mean(1)), index, positions)
 
     def encode_text(self, prompts: Sequence[str]) -> TextFeatures:
         """Encode prompts.
@@ -148,12 +149,11 @@ class BlipEncoder(nn.Module):
             ValueError: different batch sizes.
         """
         check_pairs(text, video, "BlipEncoder.match")
-        images = video.tokens.unflatten(1, (-1, self.frame.n_tokens))  # [B, T, 1 + patches, D]
-        n_frames = images.shape[1]
-        images = images.flatten(0, 1)
+        n_frames = video.tokens.shape[1] // self.frame.n_tokens
+        images = rearrange(video.tokens, "b (t m) d -> (b t) m d", t=n_frames)
         x, mask, lexical = (
-            part.repeat_interleave(n_frames, dim=0) for part in (text.tokens, text.mask, text.lexical)
-        )  # [B T, N, ...]
+            repeat(part, "b ... -> (b t) ...", t=n_frames) for part in (text.tokens, text.mask, text.lexical)
+        )
         index, positions = video.frame_index[: self.frame.n_tokens], video.positions[: self.frame.n_tokens]
         additive = _additive(mask, x)
         for layer in self.model.text_encoder.encoder.layer:
@@ -163,9 +163,7 @@ class BlipEncoder(nn.Module):
                 cross.self, cross.self.num_attention_heads, x, images, index, positions, lexical, refine
             )
             x = layer.feed_forward_chunk(cross.output(context, x))
-        wide, head = torch.promote_types(x.dtype, torch.float32), self.model.itm_head
-        logits = F.linear(x[:, 0].to(wide), head.weight.to(wide), head.bias.to(wide))
-        return (logits[:, 1] - logits[:, 0]).unflatten(0, (-1, n_frames))
+        return rearrange(log_odds(self.model.itm_head, x[:, 0]), "(b t) -> b t", t=n_frames)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, n_frames: int = 8, dtype: torch.dtype = torch.float32) -> BlipEncoder:

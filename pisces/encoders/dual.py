@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, unit
@@ -91,22 +92,21 @@ class DualEncoder(nn.Module):
         place = (grid.frame_index().to(x.device), grid.positions().to(x.device))
         if self.kind == "xclip":
             output = self.model.get_video_features(x)
-            tokens = output.last_hidden_state[:, 0].unflatten(0, x.shape[:2])
+            tokens = rearrange(output.last_hidden_state[:, 0], "(b t) d -> b t d", t=self.n_frames)
             return VideoFeatures(tokens, unit(output.pooler_output), *place)
-        images = x.flatten(0, 1)
+        images = rearrange(x, "b t c h w -> (b t) c h w")
         if self.kind == "siglip2":
             output = self.model.get_image_features(**self._patches(images))
         else:
             output = self.model.get_image_features(images)
-        tokens = unit(output.pooler_output).unflatten(0, x.shape[:2])
+        tokens = rearrange(unit(output.pooler_output), "(b t) d -> b t d", t=self.n_frames)
         return VideoFeatures(tokens, unit(tokens.mean(1)), *place)
 
     def _patches(self, images: Tensor) -> dict[str, Tensor]:
         """[n, 3, S, S] as SigLIP 2 takes images of any proportions: rows of patches, channels last in each."""
         n, side = len(images), self.side
-        patches = images.unflatten(3, (side, -1)).unflatten(2, (side, -1))  # [n, 3, side, p, side, p]
         return {
-            "pixel_values": patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2),
+            "pixel_values": rearrange(images, "n c (i p) (j q) -> n (i j) (p q c)", i=side, j=side),
             "pixel_attention_mask": torch.ones(n, side * side, dtype=torch.long, device=images.device),
             "spatial_shapes": torch.full((n, 2), side, dtype=torch.long, device=images.device),
         }

@@ -19,6 +19,7 @@ from pisces.tensor_files import listed, read_settings, read_tensors
 T = TypeVar("T")
 
 _MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+_BYTE = 255  # what 1.0 is in the pictures that image processors are given
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,26 @@ class Pixels:
         return ((frames - mean) / std).to(dtype)
 
     @classmethod
-    def of(cls, processor: Any, size: int) -> Pixels:
-        """From an image processor of transformers; its own way to a square is not followed, see `resample`."""
-        mode = _MODES.get(int(processor.resample), "bicubic")
+    def of(cls, processor: Any, size: int, who: str) -> Pixels:
+        """From an image processor of transformers; its own way to a square is not followed, see `resample`.
+
+        Raises:
+            ValueError: another interpolation than these two, or pixels that are not brought to [0, 1].
+        """
+        if processor.resample not in _MODES:
+            raise ValueError(
+                f"{who}: the image processor has resample {processor.resample!r}, expected 2 (bilinear) or 3 "
+                "(bicubic). Set the nearer of them in its file, and know that the model was trained with another."
+            )
+        scale = processor.rescale_factor if processor.do_rescale else 1.0
+        if abs(scale * _BYTE - 1) > 1e-3:
+            raise ValueError(
+                f"{who}: the image processor multiplies bytes by {scale:.4g} (do_rescale, rescale_factor), expected "
+                "1/255, which brings them to [0, 1]. Write an adapter for this model: docs/encoders.md."
+            )
+        mode = _MODES[processor.resample]
+        if not processor.do_normalize:
+            return cls(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), mode)
         return cls(size, tuple(processor.image_mean), tuple(processor.image_std), mode)
 
 
@@ -145,14 +163,15 @@ def load_pixels(path: str | Path, size: int, who: str) -> Pixels:
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: a damaged file.
+        ValueError: a damaged file, or what `Pixels.of` refuses.
     """
     from transformers import AutoImageProcessor
 
-    def load() -> Pixels:
-        return Pixels.of(AutoImageProcessor.from_pretrained(path, local_files_only=True), size)
+    def load() -> Any:
+        return AutoImageProcessor.from_pretrained(path, local_files_only=True)
 
-    return _read(load, path, who, "image processor", ("preprocessor_config.json", "processor_config.json"))
+    processor = _read(load, path, who, "image processor", ("preprocessor_config.json", "processor_config.json"))
+    return Pixels.of(processor, size, f"{who}: {path}")
 
 
 def _read(

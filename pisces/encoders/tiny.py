@@ -7,7 +7,6 @@ contrastive and match heads. It is sized for the small world and two CPU cores; 
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -16,18 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pisces.encoders.attention import cross_attention, merge_heads, split_heads
 from pisces.encoders.base import (
     AttentionRefiner,
     TextFeatures,
     VideoFeatures,
     check_pairs,
     check_prompts,
-    resample,
+    log_odds,
+    unit,
 )
+from pisces.encoders.pretrained import Pixels
 from pisces.tensor_files import check_fit, read_settings, read_tensors
 from pisces.tokens import TokenGrid
 
@@ -104,23 +107,22 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, N, D / H]
-
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Self-attention of x [B, N, D]; mask [B, 1, 1, N] is True where a token may be seen."""
-        q, k, v = (self._split(part(x)) for part in (self.query, self.key, self.value))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        q, k, v = (split_heads(part(x), self.heads) for part in (self.query, self.key, self.value))
+        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
 
     def cross(self, x: Tensor, video: VideoFeatures, lexical: Tensor, refine: AttentionRefiner | None) -> Tensor:
         """Attention of text x [B, Q, D] over the video tokens, through `refine` if given."""
-        query, key, value = self.query(x), self.key(video.tokens), self.value(video.tokens)
-        q, k = self._split(query), self._split(key)
-        attention = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)  # [B, H, Q, M]
-        if refine is not None:
-            attention = refine(query, key, attention, video.frame_index, video.positions, lexical)
-        return self.out((attention @ self._split(value)).transpose(1, 2).flatten(2))
+        context = cross_attention(
+            self, self.heads, x, video.tokens, video.frame_index, video.positions, lexical, refine or _unchanged
+        )
+        return self.out(context)
+
+
+def _unchanged(query: Tensor, key: Tensor, attention: Tensor, *rest: Tensor) -> Tensor:
+    """For no hook: a fused attention rounds otherwise, and the recorded figures of the small world would change."""
+    return attention
 
 
 class Block(nn.Module):
@@ -220,20 +222,16 @@ class TinyEncoder(nn.Module):
         Raises:
             ValueError: not five dimensions or not three channels.
         """
-        if frames.dim() != 5 or frames.shape[2] != 3:
-            raise ValueError(
-                f"TinyEncoder.encode_video: frames has shape {tuple(frames.shape)}, expected (B, T, 3, H, W)."
-            )
-        frames = 2 * resample(frames.to(self.place.dtype), self.n_frames, self.size, mode=self.interpolation) - 1
-        tubes = frames.unfold(1, _TUBELET, _TUBELET_STRIDE)  # [B, F, 3, S, S, 3]
-        tubes = tubes.permute(0, 1, 5, 2, 3, 4).flatten(2, 3)  # [B, F, 9, S, S]
-        patches = self.stem(tubes.flatten(0, 1)).flatten(2).transpose(1, 2)  # [B F, rows cols, D]
-        x = (patches.unflatten(0, tubes.shape[:2]) + self.place + self.time).flatten(1, 2)  # [B, M, D]
+        # no attribute: `pixels` of an encoder are part of its digest, which alignments on disk have
+        pixels = Pixels(self.size, (0.5,) * 3, (0.5,) * 3, self.interpolation)
+        x = pixels.prepare(frames, self.n_frames, self.place.dtype, "TinyEncoder.encode_video")
+        tubes = rearrange(x.unfold(1, _TUBELET, _TUBELET_STRIDE), "b f c h w t -> (b f) (t c) h w")
+        patches = rearrange(self.stem(tubes), "(b f) d h w -> b f (h w) d", b=len(x))
+        x = rearrange(patches + self.place + self.time, "b f m d -> b (f m) d")
         for block in self.video_blocks:
             x = block(x)
         x = self.video_norm(x)
-        embedding = F.normalize(self.video_projection(x.mean(1)), dim=-1)
-        return VideoFeatures(x, embedding, self.frame_index, self.positions)
+        return VideoFeatures(x, unit(self.video_projection(x.mean(1))), self.frame_index, self.positions)
 
     def token_ids(self, prompts: Sequence[str]) -> Tensor:
         """Word indices [B, N] long, [sep] first and last, padded to the longest prompt.
@@ -278,8 +276,7 @@ class TinyEncoder(nn.Module):
         for block in self.text_blocks:
             x = block(x, mask[:, None, None])
         x = self.text_norm(x)
-        embedding = F.normalize(self.text_projection(x[:, 0]), dim=-1)
-        return TextFeatures(x, embedding, mask, lexical)
+        return TextFeatures(x, unit(self.text_projection(x[:, 0])), mask, lexical)
 
     def match(self, text: TextFeatures, video: VideoFeatures, *, refine: AttentionRefiner | None = None) -> Tensor:
         """Log-odds that each text describes its video.
@@ -290,7 +287,7 @@ class TinyEncoder(nn.Module):
             refine: called in every fusion layer, once for the batch; None leaves the attention as it is.
 
         Returns:
-            [B] log-odds of a match.
+            [B] log-odds of a match; float32 at least.
 
         Raises:
             ValueError: different batch sizes.
@@ -301,7 +298,7 @@ class TinyEncoder(nn.Module):
             x = block(x, mask, video, text.lexical, refine)
         weight = text.lexical.to(x.dtype)[..., None]
         pooled = (x * weight).sum(1) / weight.sum(1)
-        return self.match_head(self.fusion_norm(pooled))[:, 0]
+        return log_odds(self.match_head, self.fusion_norm(pooled))
 
     def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
         """Write config.json and model.safetensors; `dtype` float16 halves the file, weights load as float32."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from pisces.encoders.base import VideoTextEncoder
@@ -104,8 +105,10 @@ class _Recorder:
         """[B parts, H, Q, m] -> [B, H, W, M], M = parts m: frames that were matched one by one stand side by side."""
         if not self.per_head:
             values = values.mean(1, keepdim=True)
-        values = values.unflatten(0, (len(self.order), -1))  # [B, parts, H, Q, m]
-        values = values.permute(0, 2, 3, 1, 4).flatten(3) / values.shape[1]  # rows sum to 1 over all parts together
+        b = len(self.order)
+        parts = len(values) // b
+        # rows sum to 1 over all parts together
+        values = rearrange(values, "(b parts) h q m -> b h q (parts m)", b=b) / parts
         rows = self.order[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[3])
         return torch.where(self.real[:, None, :, None], values.gather(2, rows), 0.0)
 

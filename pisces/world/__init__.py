@@ -21,6 +21,6 @@ def checkpoint_path(name: str) -> Path:
         there = sorted(p.name for p in CHECKPOINTS.glob("*") if p.is_dir())
         raise FileNotFoundError(
             f"checkpoint_path: no packaged checkpoint {name!r}, found {there}. "
-            "`pisces world train-checkpoints` makes them."
+            f"Install the package again, or run: pisces world train-checkpoints --output {CHECKPOINTS}"
         )
     return path

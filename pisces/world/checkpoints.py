@@ -12,7 +12,6 @@ from diffusers import AutoencoderKLWan, WanPipeline
 
 from pisces.pipelines.files import quiet_files, whole_dir, write_defaults
 from pisces.pipelines.wan import WanAdapter
-from pisces.world import CHECKPOINTS
 from pisces.world.dataset import FPS
 from pisces.world.encoder_recipe import train_encoder
 from pisces.world.generator_recipe import BASE, GOOD, GeneratorData, train_generator
@@ -27,9 +26,7 @@ SCORED = 128  # videos or captions per score
 SCORE_SEED = 999
 
 
-def train_checkpoints(
-    output: str | Path = CHECKPOINTS, *, only: list[str] | None = None, seed: int = 0, log: Log = print
-) -> None:
+def train_checkpoints(output: str | Path, *, only: list[str] | None = None, seed: int = 0, log: Log = print) -> None:
     """Train VAE, encoder and both generators; each stage resumes where it was killed and is skipped when done.
 
     Args:

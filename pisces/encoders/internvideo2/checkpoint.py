@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from pisces.tensor_files import listed, read_tensors
+from pisces.tensor_files import check_fit, read_tensors
 
 UNUSED = (
     "vision_encoder.clip_decoder.",  # heads of the distillation
@@ -64,9 +65,9 @@ def interpolate_positions(positions: Tensor, n_frames: int, patches: int) -> Ten
     if grid.shape[1] == n_frames * patches:
         return positions
     wide = torch.promote_types(positions.dtype, torch.float32)
-    grid = grid.to(wide).unflatten(1, (-1, patches)).permute(0, 2, 3, 1)  # [1, P, D, F]
-    grid = F.interpolate(grid[0], size=n_frames, mode="linear", align_corners=False)[None]
-    return torch.cat([cls, grid.permute(0, 3, 1, 2).flatten(1, 2).to(positions.dtype)], dim=1)
+    grid = rearrange(grid.to(wide), "1 (f p) d -> p d f", p=patches)
+    grid = F.interpolate(grid, size=n_frames, mode="linear", align_corners=False)
+    return torch.cat([cls, rearrange(grid, "p d f -> 1 (f p) d").to(positions.dtype)], dim=1)
 
 
 def fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], n_frames: int, patches: int) -> dict[str, Tensor]:
@@ -90,26 +91,16 @@ def fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], n_frames: int
     if (
         positions is not None
         and positions.dim() == 3
+        and len(positions) == 1
         and positions.shape[1] > 1
         and (positions.shape[1] - 1) % patches == 0
     ):
         used[_POSITIONS] = interpolate_positions(positions, n_frames, patches)
-    wrong = [
-        f"{name} has shape {tuple(used[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in used and used[name].shape != value.shape
-    ]
-    wrong += other_size
-    found = listed(
-        {
-            "missing": [name for name in wanted if name not in used],
-            "unexpected": [name for name in used if name not in wanted],
-            "of another shape": wrong,
-        }
+    check_fit(
+        used,
+        wanted,
+        "InternVideo2: the checkpoint",
+        also=other_size,
+        do="Use a stage-2 checkpoint of the sizes in the configuration.",
     )
-    if found:
-        raise ValueError(
-            f"InternVideo2: the checkpoint does not fit. {found}. Use a stage-2 checkpoint of the sizes in the "
-            "configuration."
-        )
     return used

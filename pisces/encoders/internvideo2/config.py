@@ -30,7 +30,7 @@ class InternVideo2Config:
             is kept.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: sizes that do not fit together, or a setting of another type.
 
     Source:
         InternVideo2 (arXiv 2403.15377), stage 2; PISCES (arXiv 2602.01624) reads 40 tokens for the quality reward and
@@ -61,8 +61,10 @@ class InternVideo2Config:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in ("gelu", "checkpoint") and (not isinstance(value, int) or value < 1):
+            if name not in ("gelu", "checkpoint") and (type(value) is not int or value < 1):
                 raise ValueError(f"InternVideo2Config: {name} is {value!r}, expected an integer of at least 1.")
+        if type(self.checkpoint) is not bool:
+            raise ValueError(f"InternVideo2Config: checkpoint is {self.checkpoint!r}, expected true or false.")
         for whole, part in (
             ("size", "patch_size"),
             ("vision_width", "vision_heads"),

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, check_pairs, resample, unit
+from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, check_pairs, log_odds, unit
 from pisces.encoders.internvideo2.checkpoint import WEIGHTS, fit, read_weights
 from pisces.encoders.internvideo2.config import InternVideo2Config
 from pisces.encoders.internvideo2.text import Bert
 from pisces.encoders.internvideo2.vision import VisionEncoder
 from pisces.encoders.internvideo2.wordpiece import WordPieces
+from pisces.encoders.pretrained import Pixels
 from pisces.tensor_files import read_settings
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -85,15 +85,10 @@ class InternVideo2(nn.Module):
         Raises:
             ValueError: not five dimensions or not three channels.
         """
-        if frames.dim() != 5 or frames.shape[2] != 3:
-            raise ValueError(
-                f"InternVideo2.encode_video: frames has shape {tuple(frames.shape)}, expected (B, T, 3, H, W)."
-            )
-        dtype = self.vision_proj.weight.dtype
-        wide = torch.promote_types(torch.promote_types(frames.dtype, dtype), torch.float32)
-        frames = resample(frames.to(wide), self.n_frames, self.size, mode=self.interpolation)
-        mean, std = (frames.new_tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
-        tokens, pooled = self.vision_encoder(((frames - mean) / std).to(dtype))
+        # no attribute: `pixels` of an encoder are part of its digest, which alignments on disk have
+        pixels = Pixels(self.size, _MEAN, _STD, self.interpolation)
+        x = pixels.prepare(frames, self.n_frames, self.vision_proj.weight.dtype, "InternVideo2.encode_video")
+        tokens, pooled = self.vision_encoder(x)
         if self._geometry is None or self._geometry[0].device != tokens.device:
             grid = self.config.grid
             self._geometry = (grid.frame_index().to(tokens.device), grid.positions().to(tokens.device))
@@ -164,9 +159,7 @@ class InternVideo2(nn.Module):
         """
         check_pairs(text, video, "InternVideo2.match")
         x = self.text_encoder["bert"].fuse(text.tokens, text.mask, video, text.lexical, refine)[:, 0]
-        wide, head = torch.promote_types(x.dtype, torch.float32), self.itm_head
-        logits = F.linear(x.to(wide), head.weight.to(wide), head.bias.to(wide))
-        return logits[:, 1] - logits[:, 0]
+        return log_odds(self.itm_head, x)
 
     def _words(self, method: str) -> WordPieces:
         if self.words is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +21,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, T, 3, S, S] -> [B, T (S / patch)^2, D], frames first, then rows, then columns."""
-        return self.proj(frames.transpose(1, 2)).flatten(2).transpose(1, 2)
+        return rearrange(self.proj(rearrange(frames, "b t c h w -> b c t h w")), "b d t h w -> b (t h w) d")
 
 
 class Attention(nn.Module):
