@@ -101,15 +101,36 @@ def run_training(config: TrainConfig, *, resume: str | Path = "auto") -> Path:
 
 
 def build_adapter(config: TrainConfig, device: torch.device | None = None) -> PipelineAdapter:
-    """The pipeline of ``config.pipeline``, as it is on the disk; ``device`` is where it goes if no setting says."""
+    """The pipeline of ``config.pipeline``, as it is on the disk.
+
+    Args:
+        config: the settings.
+        device: of this process among several, out of :func:`~pisces.processes.join_processes`; None where it is alone.
+
+    Returns:
+        The pipeline, on that device, or that of the settings, or else the first GPU or the CPU.
+
+    Raises:
+        ValueError: if there are several processes and the setting asks for another device than each has.
+    """
     settings = config.pipeline
     return load_pipeline(
         pipeline_path(settings.path),
         dtype=getattr(torch, settings.dtype),
         vae_dtype=getattr(torch, settings.vae_dtype),
-        device=settings.device or device or best_device(),
+        device=_own_device(settings.device, device) if device else settings.device or best_device(),
         decoding=asdict(settings.decode),
     )
+
+
+def _own_device(wanted: str | None, joined: torch.device) -> torch.device:
+    """The device of one process of several; a setting can only name its kind, as it is the same for all of them."""
+    if wanted not in (None, joined.type):
+        raise ValueError(
+            f"build_adapter: got pipeline.device {wanted} for several processes, expected {joined.type}, or no such "
+            "setting: each process takes the device of its own number. To train on CPUs, set ACCELERATE_USE_CPU=true."
+        )
+    return joined
 
 
 def build_cache(config: TrainConfig, adapter: PipelineAdapter) -> LatentCache | None:

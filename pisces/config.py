@@ -93,7 +93,8 @@ class PipelineConfig:
             for one that comes with the package.
         dtype: float32, or bfloat16.
         vae_dtype: of the autoencoder, likewise.
-        device: such as "cuda:1"; None is the first GPU if there is one, else the CPU.
+        device: such as "cuda:1"; None is the first GPU if there is one, else the CPU. Of several processes each has its
+            own, and this is None or its kind, such as "cuda".
         decode: how its videos are decoded.
         gradient_checkpointing: recompute the denoiser's blocks in the backward pass.
         n_frames: frames of a video; None takes the directory's ``pisces.json``, as below.

@@ -13,6 +13,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# Videos take longer than the ten minutes for which processes wait for each other otherwise.
+PATIENCE = timedelta(days=1)
+
 
 def join_processes() -> torch.device | None:
     """Join the others if this process was launched with them (``torchrun``, ``accelerate launch``).
@@ -24,8 +27,7 @@ def join_processes() -> torch.device | None:
         return None
     from accelerate import PartialState
 
-    # Videos take longer than the ten minutes for which processes wait for each other otherwise.
-    device: torch.device = PartialState(timeout=timedelta(days=1)).device
+    device: torch.device = PartialState(timeout=PATIENCE).device
     return device
 
 
@@ -41,6 +43,7 @@ class Processes:
         joined = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if joined else 0
         self.count = dist.get_world_size() if joined else 1
+        self._on_cpu: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -57,6 +60,19 @@ class Processes:
             return [value]
         values: list[T] = [value] * self.count
         dist.all_gather_object(values, value)
+        return values
+
+    def gather_on_main(self, value: T) -> list[T]:
+        """The values of all processes, by rank, on the main one; nothing on the others.
+
+        They travel and arrive in the memory of the CPUs, where large ones have room.
+        """
+        if self.count == 1:
+            return [value]
+        if self._on_cpu is None:
+            self._on_cpu = dist.new_group(backend="gloo", timeout=PATIENCE)
+        values: list[T] = [value] * self.count if self.is_main else []
+        dist.gather_object(value, values if self.is_main else None, group=self._on_cpu)
         return values
 
     def add_up_gradients(self, parameters: Iterable[Tensor]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +14,7 @@ from pisces.state import write_text
 
 STEPS_FILE = "log.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+WANDB_ID_FILE = "wandb-id.txt"
 TRACKERS = ("tensorboard", "wandb")
 
 Record = dict[str, float | int | str | None]
@@ -23,7 +26,7 @@ class RunLog:
     A killed run has logged steps after its last checkpoint: they will be made again, and are removed here.
 
     Args:
-        folder: receives ``log.jsonl``, ``validation.jsonl`` and ``tensorboard/``.
+        folder: receives ``log.jsonl``, ``validation.jsonl``, ``tensorboard/``, and the id of the run at W&B.
         step: optimizer steps of the checkpoint; 0 for a new run.
         trackers: names out of :data:`TRACKERS`. W&B gets what it needs from its own environment variables.
         settings: of the run, for the trackers that show them.
@@ -85,10 +88,23 @@ def _start_trackers(names: Sequence[str], folder: Path, step: int, settings: dic
             # purge_step: TensorBoard forgets what a killed run said of later steps
             tracker = TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
         else:
-            tracker = WandBTracker("pisces", dir=str(folder), name=folder.name, config=settings)
+            tracker = WandBTracker(
+                "pisces", dir=str(folder), name=folder.name, config=settings, **_wandb_run(folder, step)
+            )
         tracker.start()
         started.append(tracker)
     return started
+
+
+def _wandb_run(folder: Path, step: int) -> dict[str, Any]:
+    """Which run of W&B this is: a resumed one goes on with its own, under the id that the folder keeps."""
+    if "WANDB_RUN_ID" in os.environ:  # the user, or a sweep, has chosen one
+        return {}
+    file = folder / WANDB_ID_FILE
+    if not step or not file.is_file():
+        write_text(file, uuid.uuid4().hex)
+    # some settings may have changed since (`FREE_SETTINGS` of `run_folder`)
+    return {"id": file.read_text().strip(), "resume": "allow", "allow_val_change": True}
 
 
 def _lines(file: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -62,13 +64,14 @@ def save_checkpoint(
         step: optimizer steps taken so far.
         tensors: file stem -> name -> tensor; each becomes ``STEM.safetensors``.
         meta: whatever JSON can hold.
-        keep: newest checkpoints to leave, at least 1.
+        keep: checkpoints to leave, this one and the newest before it; at least 1. Later ones, of a run that went
+            further, are not touched: this one would not outlive them.
 
     Returns:
         The new directory.
 
     Raises:
-        OSError: if the disk is full or not writable; the message names the directory.
+        OSError: if the disk is full or not writable; the message names the directory and what to do.
     """
     root = Path(root)
     final = checkpoint_dir(root, step)
@@ -81,23 +84,26 @@ def save_checkpoint(
         digests = {}
         for stem, group in tensors.items():
             file = partial / f"{stem}.safetensors"
-            save_file({name: value.detach().cpu().contiguous() for name, value in group.items()}, str(file))
+            _save_tensors(file, group)
             digests[file.name] = _digest(file)
             _sync(file)
         state = {"format": FORMAT, "step": step, "sha256": digests, **meta}
         write_text(partial / STATE_FILE, json.dumps(state, indent=1))
         _sync(partial)
         if final.exists():
-            # The same step again, after a resume from an older checkpoint: the states are equal.
+            # The same step again, of a run that went on from an older checkpoint: the states are equal.
             _remove(final)
         os.replace(partial, final)
         _sync(root)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            error.errno, f"save_checkpoint: {final} was not written ({error.strerror}); older checkpoints are intact"
+            error.errno,
+            f"save_checkpoint: {final} was not written ({error.strerror}); older checkpoints are intact. "
+            "Make room there, or make it writable, and start again: a resumed run goes on from the newest.",
         ) from error
-    for _, old in list_checkpoints(root)[: -max(1, keep)]:
+    so_far = [path for number, path in list_checkpoints(root) if number <= step]
+    for old in so_far[: -max(1, keep)]:
         _remove(old)
     return final
 
@@ -199,6 +205,19 @@ def step_generator(*key: int) -> torch.Generator:
     """A CPU generator seeded by whole numbers, such as (seed, step): the noise of a step needs no history."""
     state = np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def _save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors.
+
+    Raises:
+        OSError: of the system; safetensors has only its text, such as "No space left on device (os error 28)".
+    """
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, str(file))
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
 def _remove(checkpoint: Path) -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -23,11 +22,11 @@ from pisces.pipelines.base import PipelineAdapter
 from pisces.pipelines.trainable import trained_parameters
 from pisces.processes import Processes
 from pisces.progress import memory_gb, progress_bar, show, start_memory
-from pisces.run_folder import clear, refuse_results
+from pisces.run_folder import clear, refuse_later, refuse_other_run, refuse_results
 from pisces.run_log import Record, RunLog
-from pisces.sections import flat
 from pisces.signals import StopSignals
 from pisces.state import (
+    Checkpoint,
     CheckpointError,
     checkpoint_dir,
     latest_checkpoint,
@@ -44,16 +43,6 @@ logger = logging.getLogger(__name__)
 
 # So many steps skipped in a row mean that something is broken, not that one batch was unlucky.
 MAX_SKIPPED_IN_A_ROW = 10
-# What a resumed run may have changed: how long and where, what is looked at, what is remembered where, memory.
-FREE_SETTINGS = (
-    "steps",
-    "output.",
-    "validation.every",
-    "validation.guards.",
-    "data.cache",
-    "pipeline.decode.",
-    "pipeline.gradient_checkpointing",
-)
 
 
 class TrainingError(RuntimeError):
@@ -61,7 +50,7 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(SystemExit):
-    """SIGTERM or SIGINT arrived; the step was finished and a checkpoint written. ``code`` is 128 + the signal."""
+    """SIGTERM or SIGINT arrived before all was done; what was done is saved. ``code`` is 128 + the signal."""
 
 
 class Trainer:
@@ -150,15 +139,16 @@ class Trainer:
 
         Args:
             resume: "auto" goes on from the newest checkpoint in the output directory if there is one; "never" deletes
-                what an earlier run left there; a path is a checkpoint to go on from.
+                what an earlier run left there; a path is a checkpoint to go on from, if the output
+                directory has none of a later step.
 
         Returns:
             ``output.dir/final``: a diffusers directory, or a LoRA directory for ``pipe.load_lora_weights``.
 
         Raises:
-            CheckpointError: if the checkpoint is damaged or of a run with other settings.
+            CheckpointError: if the checkpoint is damaged, of a run with other settings, or older than those there.
             TrainingError: if ten steps in a row had no finite loss or gradient.
-            Interrupted: after a SIGTERM or SIGINT, once the checkpoint is written.
+            Interrupted: after a SIGTERM or SIGINT, once the checkpoint is written, if steps or a validation are left.
         """
         self._open(resume)
         self._signals, self._stopped_by = StopSignals(), None
@@ -187,8 +177,9 @@ class Trainer:
                     hacked = self._validate(log)
             if saved_at != self.step:
                 self.save()
-        if self._stopped_by is not None and self.step < self.config.steps:
-            logger.warning("signal %d: saved step %d in %s", self._stopped_by, self.step, self.output)
+        if self._stopped_by is not None and (self.step < self.config.steps or self._validation_left(log)):
+            done = f"saved step {self.step}" if self.step else "stopped before the first step"
+            logger.warning("signal %d: %s in %s", self._stopped_by, done, self.output)
             raise Interrupted(128 + self._stopped_by)
         return self.export()
 
@@ -197,8 +188,8 @@ class Trainer:
 
         Returns:
             The log line: step, loss, the algorithm's scalars, grad_norm, lr, seconds, and memory_gb (the peak on a
-            GPU, else what the process holds); a skipped step has ``skipped`` with the reason, and null for what was
-            not finite.
+            GPU, else what the process holds). A skipped step has ``skipped`` with the reason, and None for what was
+            not finite; for all that is computed, if its loss was not, as only some of its batches were looked at.
         """
         started = time.perf_counter()
         start_memory(self.adapter.device)
@@ -231,6 +222,7 @@ class Trainer:
         reason = None
         if not math.isfinite(totals["loss"]):
             reason = "loss is not finite"
+            totals, norm = dict.fromkeys(totals, math.nan), math.nan  # of some parts only: see the loop above
         elif not math.isfinite(norm):
             reason = "gradient is not finite"
         if reason is None:
@@ -264,9 +256,7 @@ class Trainer:
         """Validate if it is time to, by the averaged weights; whether the guards end the run."""
         if self.validation is None:
             return False
-        done = {record["step"] for record in log.validations} if log is not None else set()
-        (done, *_) = self.processes.gather(done)
-        if self._due() and self.step not in done:
+        if self._validation_left(log):
             with self.ema_weights():
                 record = self.validation.run(self.step, self.output, stop=lambda: self._signals.noted is not None)
                 if record is None:
@@ -282,6 +272,11 @@ class Trainer:
 
     def _due(self) -> bool:
         return self.validation is not None and self.validation.due(self.step, self.config.steps)
+
+    def _validation_left(self, log: RunLog | None) -> bool:
+        """Whether this step's validation is still to be made."""
+        left = log is not None and self._due() and self.step not in {record["step"] for record in log.validations}
+        return self.processes.gather(left)[0]
 
     def _agree_to_stop(self) -> None:
         """Let all processes know of a signal that one of them got."""
@@ -381,7 +376,7 @@ class Trainer:
             raise CheckpointError(
                 f"Trainer: {path} lacks {', '.join(sorted(missing))}. Delete it to go on from the checkpoint before it."
             )
-        self._check_same_run(checkpoint.meta, Path(path))
+        refuse_other_run(checkpoint, self.config, self.batches.fingerprint)
         weights, ema = checkpoint.tensors["weights"], checkpoint.tensors["ema"]
         shapes = {name: p.shape for name, p in self.parameters.items()}
         if {name: value.shape for name, value in weights.items()} != shapes or set(ema) != set(self.ema):
@@ -398,7 +393,7 @@ class Trainer:
         state = {number[name]: values for name, values in moments.items()}
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if isinstance(self.algorithm, Stateful):
-            self.algorithm.load_state(checkpoint.tensors.get("algorithm", {}))
+            self.algorithm.load_state(self._own_share(checkpoint))
         self.step = checkpoint.step
         self.skipped, self._skipped_in_a_row = checkpoint.meta["skipped"]
         set_random_states(checkpoint.tensors["random"], checkpoint.meta["random"])
@@ -427,38 +422,31 @@ class Trainer:
         if not isinstance(self.algorithm, Stateful) or self.step % self.updates == 0:
             return {}
         mine = {name: tensor.cpu() for name, tensor in self.algorithm.state().items()}
-        return {name: tensor for state in self.processes.gather(mine) for name, tensor in state.items()}
+        return {name: tensor for state in self.processes.gather_on_main(mine) for name, tensor in state.items()}
 
-    def _check_same_run(self, meta: dict[str, Any], path: Path) -> None:
-        """Refuse a checkpoint whose run had other settings, :data:`FREE_SETTINGS` apart."""
-        # A learning rate that falls over the steps depends on their number.
-        free = FREE_SETTINGS if self.config.optimizer.schedule == "constant" else FREE_SETTINGS[1:]
-        mine, theirs = flat(self.config.to_dict()), flat(meta["config"])
-        changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-        lines = [f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in changed if not k.startswith(free)]
-        if lines:
-            raise CheckpointError(
-                f"Trainer: {path} is of a run with other settings ({'; '.join(lines)}). "
-                "Restore them, or choose another output.dir."
-            )
-        if meta["data"] != self.batches.fingerprint:
-            raise CheckpointError(
-                f"Trainer: {path} is of a run on other prompts or captions. Choose another output.dir."
-            )
+    def _own_share(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """What :meth:`_algorithm_state` saved of the batches that are this process's now."""
+        parts = self.config.optimizer.accumulation
+        first = checkpoint.step // self.updates * parts
+        mine = tuple(f"{first + part}/" for part in self.processes.share(parts))
+        tensors = checkpoint.tensors.get("algorithm", {})
+        return {name: tensor for name, tensor in tensors.items() if name.startswith(mine)}
 
     def _open(self, resume: str | Path) -> None:
         """Prepare the output directory and take over a checkpoint."""
-        checkpoints = self.output / "checkpoints"
-        path = latest_checkpoint(checkpoints) if resume == "auto" else None
-        if resume not in ("auto", "never"):
-            path = Path(resume)
-        if resume == "never" and self.processes.is_main:
-            clear(self.output)
-        elif path is None:
-            refuse_results(self.output)
+        path: Path | None = None
+        if resume == "never":
+            # The others do not look: they would still see what is being deleted.
+            if self.processes.is_main:
+                clear(self.output)
+        else:
+            path = latest_checkpoint(self.output / "checkpoints") if resume == "auto" else Path(resume)
+            if path is None:
+                refuse_results(self.output)
         self.processes.wait()
         if path is not None:
             self.load(path)
+            refuse_later(self.output, self.step)
         if self.processes.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             write_text(self.output / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))

@@ -341,6 +341,16 @@ def test_a_run_that_has_only_begun_is_reported(trained: Path, tmp_path: Path) ->
     assert "optimizer.lr" in (tmp_path / "report.html").read_text()
 
 
+def test_a_run_of_skipped_steps_is_reported(trained: Path, tmp_path: Path) -> None:
+    nothing = {"loss": None, "reward": None, "grad_norm": None, "skipped": "loss is not finite"}
+    lines = [{"step": step, **nothing, "lr": 1e-3, "seconds": 0.5, "memory_gb": 1.5} for step in (1, 2)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
+    result = run("report", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"<td[^>]*>2</td>\s*<td[^>]*>2</td>\s*<td[^>]*>0\.5</td>", (tmp_path / "report.html").read_text())
+
+
 def test_reports_of_nothing_are_refused(trained: Path, tmp_path: Path) -> None:
     assert "no log" in run("report", tmp_path).output
     assert "expected --output" in run("report", trained, trained).output

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_wan import build_tiny_wan
 from together import run_together
-from trained_together import ALGORITHMS, train
+from trained_together import ALGORITHMS, build
 
 from pisces.pipelines import WanAdapter
 from pisces.processes import Processes
-from pisces.state import latest_checkpoint
+from pisces.state import checkpoint_dir, latest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,20 @@ def together(wan_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_two_processes_are_one(wan_dir: Path, together: Path, tmp_path: Path, name: str) -> None:
-    train(wan_dir, tmp_path, name, 4)
-    one, two = state(tmp_path), state(together / name)
+def assert_same_end(wan_dir: Path, *outputs: Path) -> None:
+    """Runs of other numbers of processes end with the same weights."""
+    one, two = map(state, outputs)
     assert one.keys() == two.keys()
     base = WanAdapter.from_pretrained(wan_dir).transformer.state_dict()
     moved, apart = (torch.cat([(other[key] - one[key]).flatten() for key in one]) for other in (base, two))
     # Not 0: float32 gradients are added in another order.
     assert apart.norm() < 0.01 * moved.norm()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_two_processes_are_one(wan_dir: Path, together: Path, tmp_path: Path, name: str) -> None:
+    build(wan_dir, tmp_path, name, 4).fit()
+    assert_same_end(wan_dir, tmp_path, together / name)
     for file in ("log.jsonl", "validation.jsonl"):
         mine, theirs = (
             [record for record in lines(run / file) if file == "log.jsonl" or record["step"] != 3]
@@ -63,6 +68,12 @@ def test_two_processes_are_one(wan_dir: Path, together: Path, tmp_path: Path, na
             for key in a.keys() - {"seconds", "memory_gb"}:
                 assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-7), key
     assert len(list((together / name / "validation/step-00000004").glob("*.mp4"))) == 3
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_one_process_goes_on_where_two_stopped(wan_dir: Path, together: Path, tmp_path: Path, name: str) -> None:
+    build(wan_dir, tmp_path, name, 4).fit(resume=checkpoint_dir(together / name / "checkpoints", 3))
+    assert_same_end(wan_dir, tmp_path, together / name)
 
 
 def test_a_gradient_that_no_process_has_is_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import yaml
 from diffusers import DiffusionPipeline
 from tiny_wan import PROMPTS, WORDS, build_tiny_wan
 
-from pisces.build import build_batches, build_training, reference_videos, run_training
+from pisces.build import build_adapter, build_batches, build_training, reference_videos, run_training
 from pisces.config import TrainConfig, load_config
 from pisces.data import VideoReadError, video_bytes, write_metadata, write_video
 from pisces.encoders import TinyEncoder, TinyEncoderConfig
@@ -86,6 +86,22 @@ def test_every_algorithm_runs_from_a_file(world: Path, tmp_path: Path, name: str
     assert (rewarded <= set(lines[0])) == (name in ("draft", "one_step"))
     assert all(line[key] is not None for line in lines for key in line)
     assert TrainConfig.from_dict(yaml.safe_load((tmp_path / "config.yaml").read_text())).algorithm.name == name
+
+
+def test_several_processes_have_a_device_each(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pisces.build.load_pipeline", lambda path, *, device, **_: device)
+
+    def place(wanted: str | None, own: str | None) -> Any:
+        config = settings(world, tmp_path, pipeline={"path": str(world / "wan"), "device": wanted})
+        return build_adapter(config, None if own is None else torch.device(own))
+
+    for wanted, own in ((None, "cuda:1"), ("cuda", "cuda:1"), (None, "cpu"), ("cpu", "cpu")):
+        assert place(wanted, own) == torch.device(own)
+    for wanted, own in (("cuda:0", "cuda:0"), ("cuda:0", "cuda:1"), ("cpu", "cuda:1"), ("cuda", "cpu")):
+        kind = own.partition(":")[0]
+        with pytest.raises(ValueError, match=f"device {wanted} for several processes, expected {kind}, or no such"):
+            place(wanted, own)
+    assert place("cuda:1", None) == "cuda:1"  # alone, it may choose
 
 
 def test_prompts_alone_are_enough_for_draft(world: Path, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,12 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 10]
     assert latest_checkpoint(tmp_path) == tmp_path / "step-00000010"
     assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_what_is_written_stays_beside_later_ones(tmp_path: Path) -> None:
+    for step in (10, 20, 5, 6, 7):
+        assert save_checkpoint(tmp_path, step, tensors(step), {}, keep=2).is_dir()
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [6, 7, 10, 20]
 
 
 @pytest.mark.parametrize("at", ["second file", "state file", "rename"])
@@ -114,17 +122,28 @@ def latest_step(root: Path) -> int:
     return found[-1][0] if found else 0
 
 
-def test_a_full_disk_is_reported_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [0, 4096], ids=["first file", "second file"])
+def test_a_full_disk_is_reported_and_loses_nothing(tmp_path: Path, limit: int) -> None:
+    """A process whose files may not grow: to the writer it is what a full disk is, with another number."""
     save_checkpoint(tmp_path, 1, tensors(1.0), {})
-
-    def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(state, "save_file", full)
-    with pytest.raises(OSError, match="older checkpoints are intact") as caught:
-        save_checkpoint(tmp_path, 2, tensors(2.0), {})
-    assert caught.value.errno == errno.ENOSPC
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    code = (
+        "import resource, sys, torch\n"
+        "from pisces.state import save_checkpoint\n"
+        "limit = int(sys.argv[2])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"  # its signal is ignored by Python already
+        "tensors = {'a': {'x': torch.zeros(10)}, 'b': {'x': torch.zeros(9000)}}\n"
+        "try:\n"
+        "    save_checkpoint(sys.argv[1], 2, tensors, {})\n"
+        "except OSError as error:\n"
+        "    print(error.errno, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(limit)], capture_output=True, text=True)
+    number, _, message = done.stdout.partition(" ")
+    assert number == str(errno.EFBIG), done.stderr
+    for part in (str(tmp_path / "step-00000002"), "File too large", "older checkpoints are intact", "start again"):
+        assert part in message
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert float(load_checkpoint(tmp_path / "step-00000001").tensors["weights"]["b"]) == 1.0
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

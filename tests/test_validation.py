@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import signal
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from pisces.data import VideoFolder
 from pisces.guards import alarms, alarms_in_a_row
 from pisces.measures import MEASURES
 from pisces.pipelines import WanAdapter, prepare
+from pisces.run_folder import clear
 from pisces.run_log import RunLog
 from pisces.trainer import Interrupted, Trainer
 from pisces.validation import Validation
@@ -143,26 +146,41 @@ def test_a_resumed_run_has_validated_the_same(wan_dir: Path, tmp_path: Path) -> 
     assert [record for record in records(tmp_path / "parts") if record["step"] != 3] == records(tmp_path / "whole")
 
 
-def test_a_signal_is_obeyed_before_videos_are_made(wan_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_signal_is_obeyed_before_videos_are_made(wan_dir: Path, tmp_path: Path, at: int) -> None:
     make(wan_dir, tmp_path / "whole").fit()
     stopped = make(wan_dir, tmp_path / "parts")
-    loss = stopped.algorithm.loss
+    terminate_in_step(stopped, at)
+    with pytest.raises(Interrupted) as caught:
+        stopped.fit()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert [record["step"] for record in records(tmp_path / "parts")] == list(range(0, at, 2))
+    assert not (tmp_path / "parts" / "final").exists()
+    make(wan_dir, tmp_path / "parts").fit()
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    assert (tmp_path / "parts" / "final").exists()
+
+
+def terminate_in_step(trainer: Trainer, step: int) -> None:
+    """Send SIGTERM to this process in the loss of a step."""
+    loss = trainer.algorithm.loss
 
     def loss_with_signal(batch: Batch, generator: torch.Generator) -> Any:
-        if stopped.step == 1:
+        if trainer.step == step - 1:
             signal.raise_signal(signal.SIGTERM)
         return loss(batch, generator)
 
-    stopped.algorithm.loss = loss_with_signal  # type: ignore[method-assign]
-    with pytest.raises(Interrupted):
-        stopped.fit()
-    assert [record["step"] for record in records(tmp_path / "parts")] == [0]  # not the one of step 2
-    make(wan_dir, tmp_path / "parts").fit()
-    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    trainer.algorithm.loss = loss_with_signal  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("at", [0, 2])
-def test_a_signal_ends_a_validation(wan_dir: Path, tmp_path: Path, at: int) -> None:
+def test_a_signal_in_the_last_step_interrupts_nothing_if_nothing_is_left(wan_dir: Path, tmp_path: Path) -> None:
+    trainer = make(wan_dir, tmp_path, steps=2, validated=False)
+    terminate_in_step(trainer, 2)
+    assert trainer.fit() == tmp_path / "final"
+
+
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_signal_ends_a_validation(wan_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, at: int) -> None:
     make(wan_dir, tmp_path / "whole").fit()
 
     class Terminating(Countdown):
@@ -172,11 +190,13 @@ def test_a_signal_ends_a_validation(wan_dir: Path, tmp_path: Path, at: int) -> N
             return super().terms(frames, prompts)
 
     stopped = make(wan_dir, tmp_path / "parts", watched=Terminating(2, *[1.0] * 9))
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted), caplog.at_level(logging.WARNING, logger="pisces.trainer"):
         stopped.fit()
     assert stopped.step == at
+    assert (f"saved step {at}" in caplog.text) == (tmp_path / "parts" / "checkpoints" / f"step-{at:08d}").is_dir()
+    assert ("stopped before the first step" in caplog.text) == (at == 0)
     assert stopped.validation is not None
-    assert [record["step"] for record in records(tmp_path / "parts")] == [0] * (at > 0)
+    assert [record["step"] for record in records(tmp_path / "parts")] == list(range(0, at, 2))
     make(wan_dir, tmp_path / "parts").fit()
     found = [{k: v for k, v in record.items() if "watched" not in k} for record in records(tmp_path / "parts")]
     assert found == records(tmp_path / "whole")
@@ -332,3 +352,36 @@ def test_tensorboard_says_what_the_log_says(wan_dir: Path, tmp_path: Path) -> No
     assert found["validation/reward"] == pytest.approx(
         {record["step"]: record["reward"] for record in records(tmp_path)}, rel=1e-6
     )
+
+
+def test_a_resumed_run_is_one_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> Any:
+        runs.append({**options, "logged": []})
+        return types.SimpleNamespace(
+            log=lambda values, step: runs[-1]["logged"].append((step, values)), finish=lambda: None
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+
+    def start(step: int, **settings: Any) -> None:
+        with RunLog(tmp_path, step, trackers=("wandb",), settings=settings) as log:
+            log.step({"step": step + 1, "loss": 0.5, "reward": None})
+
+    start(0, steps=2)
+    start(2, steps=4)
+    start(0)
+    first, resumed, anew = runs
+    assert first["id"] == resumed["id"] != anew["id"]
+    assert all(run["resume"] == "allow" for run in runs)
+    assert (resumed["config"], resumed["logged"]) == ({"steps": 4}, [(3, {"loss": 0.5})])
+    # A new start forgets it, whatever its trackers are.
+    clear(tmp_path)
+    start(2)
+    assert runs[-1]["id"] != anew["id"]
+    # An id that the user or a sweep has set is theirs.
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    start(2)
+    assert not {"id", "resume"} & runs[-1].keys()

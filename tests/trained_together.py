@@ -1,4 +1,4 @@
-"""A short training run for `test_processes`, in this process or, as a script, in several."""
+"""A short training run for `test_processes` and `test_resume`, in this process or, as a script, in several."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pisces.validation import Validation
 ALGORITHMS = ("draft", "grpo")
 
 
-def train(wan_dir: Path, output: Path, name: str, steps: int) -> None:
+def build(wan_dir: Path, output: Path, name: str, steps: int) -> Trainer:
     """Two micro-batches a step; GRPO makes two updates of each rollout."""
     adapter = WanAdapter.from_pretrained(wan_dir)
     prepare(adapter, None)
@@ -38,11 +38,11 @@ def train(wan_dir: Path, output: Path, name: str, steps: int) -> None:
     )
     batches = PromptBatches(PROMPTS, batch_size=1, seed=1)
     validation = Validation(adapter, PROMPTS[:3], rewards=ColorReward(), every=2, steps=2)
-    Trainer(adapter, algorithm, config, batches=batches, validation=validation).fit()
+    return Trainer(adapter, algorithm, config, batches=batches, validation=validation)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     join_processes()
     for algorithm_name in ALGORITHMS:
-        train(Path(sys.argv[1]), Path(sys.argv[2]) / algorithm_name, algorithm_name, int(sys.argv[3]))
+        build(Path(sys.argv[1]), Path(sys.argv[2]) / algorithm_name, algorithm_name, int(sys.argv[3])).fit()

@@ -55,11 +55,11 @@ class Stateful(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs."""
+        """What a resumed run needs of each batch, as ``NUMBER/NAME``: a process gets back that of its own batches."""
         ...
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what ``state`` returned."""
+        """Take over what ``state`` returned, of the batches that are this process's."""
         ...
 
 

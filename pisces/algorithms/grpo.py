@@ -291,7 +291,7 @@ class Grpo:
         self.rollouts.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """Rollouts of which more updates are to be made, as tensors: what a resumed run needs."""
+        """Rollouts of which more updates are to be made, as tensors ``NUMBER/NAME``: what a resumed run needs."""
         tensors = {}
         for number, rollout in self.rollouts.items():
             for name in ("states", "log_densities", "advantages", "rewards"):
