@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -106,7 +107,8 @@ def innermost(found: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def counted(code: list[tuple[int, str, str]]) -> Callable[[tuple[int, int]], Counter[str]]:
     """A function that counts the instructions of a span of addresses by name."""
-    return lambda span: Counter(name.split(".")[0] for address, name, _ in code if span[0] <= address <= span[1])
+    addresses, names = [address for address, _, _ in code], [name.split(".")[0] for _, name, _ in code]
+    return lambda span: Counter(names[bisect_left(addresses, span[0]) : bisect_right(addresses, span[1])])
 
 
 def per_element(kernel: str, code: list[tuple[int, str, str]]) -> tuple[float, float]:

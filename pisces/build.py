@@ -42,7 +42,7 @@ from pisces.pipelines import load_pipeline
 from pisces.pipelines.base import PipelineAdapter
 from pisces.pipelines.files import files_fingerprint
 from pisces.pipelines.trainable import best_device, prepare
-from pisces.processes import Processes, join_processes
+from pisces.processes import Processes, join_processes, own_device
 from pisces.reference import REFERENCE_FILE, ReferenceVideos, standardized
 from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward
 from pisces.trainer import Trainer
@@ -118,19 +118,9 @@ def build_adapter(config: TrainConfig, device: torch.device | None = None) -> Pi
         pipeline_path(settings.path),
         dtype=getattr(torch, settings.dtype),
         vae_dtype=getattr(torch, settings.vae_dtype),
-        device=_own_device(settings.device, device) if device else settings.device or best_device(),
+        device=own_device(settings.device, device, "pipeline.device") if device else settings.device or best_device(),
         decoding=asdict(settings.decode),
     )
-
-
-def _own_device(wanted: str | None, joined: torch.device) -> torch.device:
-    """The device of one process of several; a setting can only name its kind, as it is the same for all of them."""
-    if wanted not in (None, joined.type):
-        raise ValueError(
-            f"build_adapter: got pipeline.device {wanted} for several processes, expected {joined.type}, or no such "
-            "setting: each process takes the device of its own number. To train on CPUs, set ACCELERATE_USE_CPU=true."
-        )
-    return joined
 
 
 def build_cache(config: TrainConfig, adapter: PipelineAdapter) -> LatentCache | None:

@@ -86,7 +86,7 @@ def heat_maps(
                 tile = picture if row == 0 else _heated(picture, values[row - 1], t)
                 image.paste(tile, (MARGIN + LABEL + t * step, y))
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", optimize=True)
+        image.save(temporary, format="PNG")
     return Path(path)
 
 

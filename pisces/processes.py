@@ -31,6 +31,20 @@ def join_processes() -> torch.device | None:
     return device
 
 
+def own_device(wanted: str | None, joined: torch.device, setting: str) -> torch.device:
+    """The device of one process of several; a setting can only name its kind, as it is the same for all of them.
+
+    Raises:
+        ValueError: the setting asks for another device than each process has.
+    """
+    if wanted not in (None, joined.type):
+        raise ValueError(
+            f"{setting} is {wanted!r} for several processes, expected {joined.type!r}, or no such setting: each "
+            "process takes the device of its own number. For CPUs set ACCELERATE_USE_CPU=true."
+        )
+    return joined
+
+
 class Processes:
     """This process among those that train together; alone if it has not joined any.
 

@@ -81,7 +81,7 @@ def contact_sheet(
     strips = [(label, frames[:, _spread(frames.shape[1], n_shown)]) for label, frames in checked]
     image = _draw_sheet(strips, prompts, columns)
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", optimize=True)
+        image.save(temporary, format="PNG")
     return Path(path)
 
 

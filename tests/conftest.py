@@ -53,11 +53,12 @@ def offline_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-@pytest.fixture
-def seed(request: pytest.FixtureRequest) -> Iterator[int]:
-    """A fresh seed, set for torch and printed with a failing test; PISCES_TEST_SEED repeats it."""
-    value = int(os.environ.get("PISCES_TEST_SEED", random.randrange(2**31)))
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[int]:
+    """A fresh seed, set for torch and Python and printed with a failing test; PISCES_TEST_SEED repeats it."""
+    value = int(os.environ.get("PISCES_TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"PISCES_TEST_SEED={value}")
+    random.seed(value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(value)
         yield value

@@ -311,12 +311,19 @@ def test_random_truncation_draws_k(adapter: WanAdapter, seed: int, monkeypatch: 
         drawn.append(last_k)
         return whole(self, noise, embeds, last_k)
 
+    def only_draw(self: Draft, noise: Tensor, embeds: Any, last_k: int) -> Any:
+        drawn.append(last_k)
+        raise InterruptedError
+
     monkeypatch.setattr(Draft, "rollout", rollout)
     random_k = Draft(adapter, LinearReward(0), last_k=2, truncation="random", **options)  # type: ignore[arg-type]
-    for offset in range(12):
-        loss, _ = random_k.loss(Batch(PROMPTS[:1]), rng(seed + offset))
-        if offset == 0:
-            ours = flat(gradients(adapter, loss))
+    loss, _ = random_k.loss(Batch(PROMPTS[:1]), rng(seed))
+    ours = flat(gradients(adapter, loss))
+    monkeypatch.setattr(Draft, "rollout", only_draw)
+    for offset in range(1, 40):  # all alike by chance once in 5e11 runs
+        with pytest.raises(InterruptedError):
+            random_k.loss(Batch(PROMPTS[:1]), rng(seed + offset))
+    monkeypatch.setattr(Draft, "rollout", whole)
     assert set(drawn) == {1, 2}
     fixed = Draft(adapter, LinearReward(0), last_k=drawn[0], **options)  # type: ignore[arg-type]
     wanted = flat(gradients(adapter, fixed.loss(Batch(PROMPTS[:1]), rng(seed))[0]))

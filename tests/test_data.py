@@ -361,9 +361,7 @@ def test_names_that_ffmpeg_would_misread(tmp_path: Path) -> None:
         assert (read_video(write_video(tmp_path / name, frames)) - frames).abs().mean() < 1 / 255
 
 
-def test_damaged_bytes_never_do_worse_than_an_error(tmp_path: Path) -> None:
-    seed = int(torch.seed() % 2**32)
-    print("seed", seed)
+def test_damaged_bytes_never_do_worse_than_an_error(tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     data = bytearray(write_video(tmp_path / "a.mp4", moving_shapes()).read_bytes())
     victim = tmp_path / "b.mp4"

@@ -271,7 +271,8 @@ def test_permutation_rotation_and_transpose(kind, solve_points):
     turned = solve_points(y, x, b, a, **options)
     assert torch.allclose(turned.g, result.f, atol=1e-8)
     assert torch.allclose(turned.value, result.value, atol=1e-10)
-    assert not torch.allclose(solve_points(x[:, order], y, a, b, **options).value, result.value, atol=1e-6)
+    # the points alone, without their weights, are another problem
+    assert not torch.allclose(solve_points(x.roll(1, dims=1), y, a, b, **options).value, result.value, atol=1e-6)
 
 
 def test_closed_forms(solve_points):

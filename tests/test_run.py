@@ -99,7 +99,7 @@ def test_several_processes_have_a_device_each(world: Path, tmp_path: Path, monke
         assert place(wanted, own) == torch.device(own)
     for wanted, own in (("cuda:0", "cuda:0"), ("cuda:0", "cuda:1"), ("cpu", "cuda:1"), ("cuda", "cpu")):
         kind = own.partition(":")[0]
-        with pytest.raises(ValueError, match=f"device {wanted} for several processes, expected {kind}, or no such"):
+        with pytest.raises(ValueError, match=f"device is '{wanted}' for several processes, expected '{kind}'"):
             place(wanted, own)
     assert place("cuda:1", None) == "cuda:1"  # alone, it may choose
 

@@ -61,9 +61,11 @@ GRADIENTS = ["implicit", "unrolled"]
 
 def differentiable_problem(kind, masked):
     """Two problems as leaves, and the function that solves them: inputs, function(..., which outputs)."""
-    cost = random_costs(2, 3, 4).requires_grad_()
+    cost = random_costs(2, 3, 4)
+    if kind == "mass":
+        cost[:, 1:] += 1.0  # most of the mass at a small epsilon: the first row is full, others are not
+    cost.requires_grad_()
     a, b = random_weights(2, 3).requires_grad_(), random_weights(2, 4).requires_grad_()
-    # Most of the mass at a small epsilon: some marginals are full, others are not.
     epsilon = torch.tensor([0.1, 0.15] if kind == "mass" else [0.3, 0.4], dtype=torch.float64, requires_grad=True)
     mass = torch.tensor([0.9, 0.93], dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([[True, False, True], [True] * 3]) if masked else None

@@ -24,12 +24,17 @@ def masks(masked, batch=2, n_rows=3, n_cols=9):
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck_and_gradgradcheck(backend, normalize, masked):
     frame_index, positions = token_grid(1, 2, 2)
-    inputs = tuple(t.requires_grad_() for t in token_problem(2, 2, 2, 5, dim=3))
     options = {"normalize": normalize, "backend": backend, **masks(masked, 2, 2, 5)}
 
     def cost(text, video, attention):
         return token_cost(text, video, attention, frame_index, positions, **options)
 
+    while True:  # differences step over a kink where the second lowest or highest cost is next to the first
+        inputs = token_problem(2, 2, 2, 5, dim=3)
+        there = [row[row.isfinite()].sort().values for row in cost(*inputs).flatten(2).flatten(0, 1)]
+        if not normalize or all(min(row[1] - row[0], row[-1] - row[-2]) > 1e-4 for row in there):
+            break
+    inputs = tuple(t.requires_grad_() for t in inputs)
     assert torch.autograd.gradcheck(cost, inputs)
     assert torch.autograd.gradgradcheck(cost, inputs, atol=1e-4)
 

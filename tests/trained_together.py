@@ -45,4 +45,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     join_processes()
     for algorithm_name in ALGORITHMS:
-        build(Path(sys.argv[1]), Path(sys.argv[2]) / algorithm_name, algorithm_name, int(sys.argv[3])).fit()
+        for steps_in_all in map(int, sys.argv[3:]):  # the second and further ones resume, with everything built anew
+            build(Path(sys.argv[1]), Path(sys.argv[2]) / algorithm_name, algorithm_name, steps_in_all).fit()

@@ -37,7 +37,7 @@ from pisces.ot_map import (
     paper_settings,
 )
 from pisces.ot_map.embeddings import PATIENCE, Embeddings, embed, extract, read_embeddings, wait_for_shards
-from pisces.processes import Processes, join_processes
+from pisces.processes import Processes, join_processes, own_device
 
 Choice = Literal["r_at_1", "rho", "last"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
@@ -123,7 +123,7 @@ def fit_ot_map(
     processes = Processes()
     if processes.count > 1 and embeddings is None:
         raise ValueError("fit-ot-map: several processes need a folder in which to meet. Add --embeddings DIR.")
-    place = choose_device(device or joined, "fit-ot-map")
+    place = own_device(device, joined, "--device") if joined else choose_device(device, "fit-ot-map")
     found, source = _embeddings(videos, embeddings, encoder, place, processes, embed_batch, patience)
     if not processes.is_main:
         return {}
