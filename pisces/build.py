@@ -67,6 +67,7 @@ def build_training(config: TrainConfig) -> Trainer:
         ValueError: if the settings do not fit together or the data cannot be used.
     """
     config.check_inputs()
+    config.check_encoders()
     adapter = build_adapter(config, device=join_processes())
     batches = build_batches(config, adapter, build_cache(config, adapter))
     encoders = build_encoders(config, adapter)

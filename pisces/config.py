@@ -364,16 +364,8 @@ class TrainConfig:
             "data.prompts": self.data.prompts,
             "validation.prompts": self.validation.prompts,
         }
-        rewarded = {"rewards": self.rewards} if self.algorithm.needs_rewards else {}
-        if self.validation.watched is not None:
-            rewarded["validation.watched"] = self.validation.watched
-        for key, rewards in rewarded.items():
-            if rewards.encoder == UNSET:
-                raise ValueError(
-                    f"{key}.encoder: say where your encoder is, such as --set {key}.encoder=models/internvideo2; "
-                    "`packaged` knows 32-pixel videos of moving shapes and nothing else."
-                )
-            named[f"{key}.encoder"] = rewards.encoder
+        for key, rewards in self._rewarded().items():
+            named[f"{key}.encoder"] = None if rewards.encoder == UNSET else rewards.encoder
             named[f"{key}.ot_map"] = rewards.ot_map
         for key, name in named.items():
             if name is not None:
@@ -383,6 +375,26 @@ class TrainConfig:
                     raise FileNotFoundError(f"{key}: {error}") from error
                 if not path.exists():
                     raise FileNotFoundError(f"{key}: no such file or directory: {path}")
+
+    def check_encoders(self) -> None:
+        """Check that every reward has an encoder; who reads no reward does without.
+
+        Raises:
+            ValueError: naming the setting that a preset leaves open.
+        """
+        for key, rewards in self._rewarded().items():
+            if rewards.encoder == UNSET:
+                raise ValueError(
+                    f"{key}.encoder: say where your encoder is, such as --set {key}.encoder=models/internvideo2; "
+                    "`packaged` knows 32-pixel videos of moving shapes and nothing else."
+                )
+
+    def _rewarded(self) -> dict[str, RewardsConfig]:
+        """The settings of the rewards that are trained on and watched, by section."""
+        found = {"rewards": self.rewards} if self.algorithm.needs_rewards else {}
+        if self.validation.watched is not None:
+            found["validation.watched"] = self.validation.watched
+        return found
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -116,8 +116,9 @@ def _measure(
     parts = tqdm(videos(mine), desc="reference videos", total=len(mine), unit="part", disable=None, leave=False)
     for number, (frames, prompts) in zip(mine, parts, strict=True):
         terms[number] = {name: value.cpu().clone() for name, value in rewards.terms(frames, prompts).items()}
-        with atomic_path(folder / f"{number}.safetensors") as temporary:
-            save_file(terms[number], temporary)
+        if all(value.isfinite().all() for value in terms[number].values()):  # others may be mended by the next start
+            with atomic_path(folder / f"{number}.safetensors") as temporary:
+                save_file(terms[number], temporary)
         del frames
     found |= {number: values for part in processes.gather(terms) for number, values in part.items()}
     scale = {}

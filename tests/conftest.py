@@ -58,10 +58,12 @@ def seed() -> Iterator[int]:
     """A fresh seed, set for torch and Python and printed with a failing test; PISCES_TEST_SEED repeats it."""
     value = int(os.environ.get("PISCES_TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"PISCES_TEST_SEED={value}")
+    before = random.getstate()
     random.seed(value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(value)
         yield value
+    random.setstate(before)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

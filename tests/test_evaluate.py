@@ -17,6 +17,7 @@ from tiny_wan import PROMPTS, build_tiny_wan
 from typer.testing import CliRunner, Result
 
 from pisces import video
+from pisces.build import build_training
 from pisces.cli import app
 from pisces.config import load_config, presets
 from pisces.data import VideoFolder, read_video, write_metadata, write_video
@@ -370,8 +371,9 @@ def test_presets_of_the_small_world_need_nothing_else(name: str, tmp_path: Path)
 def test_presets_of_large_models_want_files(name: str, wan: Path, tmp_path: Path) -> None:
     write_world(tmp_path / "videos", 0, n=1)
     own = [f"pipeline.path={wan}", f"data.videos={tmp_path / 'videos'}"]
+    config = load_config(f"preset:{name}", own)  # enough for `plan` and `encode`, which read no reward
     with pytest.raises(ValueError, match=r"rewards\.encoder: say where your encoder is, such as --set rewards\.enc"):
-        load_config(f"preset:{name}", own)
+        build_training(config)
     assert load_config(f"preset:{name}", [*own, f"rewards.encoder={tmp_path}"]).lora is not None
     with pytest.raises((ValueError, FileNotFoundError), match=r"data\.videos|data:|pipeline\.path"):
         load_config(f"preset:{name}")

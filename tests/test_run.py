@@ -204,6 +204,22 @@ def test_a_killed_reference_goes_on_and_is_the_same(
     assert any("1.safetensors" in record.getMessage() for record in caplog.records)
 
 
+def test_a_reference_that_is_not_finite_is_not_remembered(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, broken = PipelineAdapter.decode, [False, True]
+    monkeypatch.setattr(
+        PipelineAdapter,
+        "decode",
+        lambda adapter, latents: decode(adapter, latents) * (torch.nan if broken and broken.pop(0) else 1),
+    )
+    with pytest.raises(ValueError, match="expected a finite number"):
+        build_training(settings(world, tmp_path))
+    assert len(list((tmp_path / "reference-parts").glob("*/*.safetensors"))) == 1
+    build_training(settings(world, tmp_path))
+    assert (tmp_path / "reference.json").exists()
+
+
 def test_parts_of_the_reference_do_not_depend_on_who_makes_them(world: Path, tmp_path: Path) -> None:
     config = settings(world, tmp_path)
     adapter = load_pipeline(world / "wan")

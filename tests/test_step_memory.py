@@ -143,7 +143,7 @@ def test_the_command_line_predicts_a_run(tmp_path: Path) -> None:
         ("--width", "832", "--set pipeline.width=832"),  # the default, written down
         ("--batch", "2", "--set data.batch_size=2"),
         ("--dtype", "float32", "--set pipeline.vae_dtype=float32"),
-        ("--tiling", None, "leave it out"),
+        ("--tiling", None, "leave --tiling out"),
     ],
 )
 def test_options_of_a_decode_are_not_for_a_run(option: str, value: str | None, setting: str) -> None:

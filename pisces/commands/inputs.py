@@ -99,11 +99,11 @@ def check_items(encoder: Encoder, items: Sequence[Item], who: str) -> dict[str, 
     return refused
 
 
-def choose_device(name: str | torch.device | None, who: str) -> torch.device:
+def choose_device(name: str | None, who: str) -> torch.device:
     """The device of that name, tried out.
 
     Args:
-        name: such as "cuda:1", or the device itself; None is the first GPU if there is one, else the CPU.
+        name: such as "cuda:1"; None is the first GPU if there is one, else the CPU.
         who: name of the command, for the message.
 
     Raises:

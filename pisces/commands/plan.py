@@ -99,7 +99,10 @@ def refuse_decode_options(given: Mapping[str, Any]) -> None:
     if not wrong:
         return
     settings = [f"--set {key}={given[name]}" for name in wrong if (key := SETTINGS[name]) is not None]
-    advice = f"Write {' '.join(settings)}." if settings else "A run decodes without tiles: leave it out."
+    advice = " ".join(
+        [f"Write {' '.join(settings)}."] * bool(settings)
+        + ["A run decodes without tiles: leave --tiling out."] * ("tiling" in wrong)
+    )
     options = ", ".join(f"--{name}" for name in wrong)
     raise ValueError(f"plan: got {options} with settings of a run, which have their own. {advice}")
 

@@ -174,7 +174,7 @@ def main() -> None:
         print(build_module())
         return
     seed = arguments.seed if arguments.seed is not None else random.randrange(1, 10**6)
-    seeds = [seed, seed + 1, seed + 2]  # a schedule may hide a bug: the mutations get as many as the sound kernels
+    seeds = [seed, seed + 1, seed + 2]  # a schedule may hide a bug
     if arguments.mutations:
         find_mutations(seeds)
         return
