@@ -29,7 +29,6 @@ test-native: $(READY)  ## the CPU kernels alone: under sanitizers, and cross-com
 
 test-emulator: $(READY)  ## the CUDA kernels on the CPU: random schedules, sanitizers, known bugs that must be found; needs CUDA's headers
 	$(BIN)/python tests/emulator/emulate.py
-	$(BIN)/python tests/emulator/emulate.py --mutations
 
 test-triton: $(READY)  ## the Triton kernels without a GPU: in Triton's interpreter, and compiled for five GPUs within their budget
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/triton

@@ -58,6 +58,12 @@ def _reported(command: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
+def _written(context: typer.Context) -> dict[str, Any]:
+    """The options and arguments that the user wrote, by name: not those left at their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
 def _is_ours(error: Exception) -> bool:
     """Whether the message is meant for the user: a bad value or file, a run that cannot go on."""
     own = {cls.__name__ for cls in type(error).__mro__} & {"TrainingError", "CheckpointError", "SafetensorError"}
@@ -169,6 +175,7 @@ def encode(
 @app.command("fit-ot-map")
 @_reported
 def fit_ot_map(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="The alignment to write, NAME.safetensors.")],
     videos: Annotated[
         Path | None, typer.Option(help="Folder or WebDataset shards of real videos with captions.")
@@ -198,7 +205,7 @@ def fit_ot_map(
         bool,
         typer.Option(
             "--paper",
-            help="The paper's settings, in place of --kind, --steps, --hidden, --lr, --batch-size and --cost-weight.",
+            help="The paper's --kind, --steps, --hidden, --lr, --batch-size, --cost-weight and --objective.",
         ),
     ] = False,
     choose: Annotated[
@@ -243,10 +250,11 @@ def fit_ot_map(
 
       pisces fit-ot-map --embeddings runs/clips --paper --checkpoints runs/fit --output map.safetensors
     """
-    from pisces.commands.fit_ot_map import FitOptions
+    from pisces.commands.fit_ot_map import FitOptions, refuse_unused
     from pisces.commands.fit_ot_map import fit_ot_map as run
     from pisces.ot_map.alignment import check_kind
 
+    refuse_unused(_written(context), kind)
     run(
         output,
         videos=videos,
@@ -371,12 +379,7 @@ def plan(
         from pisces.commands.plan import plan_training, refuse_decode_options
         from pisces.config import load_config
 
-        given = {}
-        for name, value in context.params.items():
-            source = context.get_parameter_source(name)
-            if source is not None and source.name == "COMMANDLINE":
-                given[name] = value
-        refuse_decode_options(given)
+        refuse_decode_options(_written(context))
         typer.echo(plan_training(load_config(vae, settings or []), budget=budget))
         return
     if settings:

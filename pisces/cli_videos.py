@@ -9,6 +9,16 @@ import typer
 
 MOST = 128  # videos of which the leverage is measured: all are held in memory
 
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--transport",
+        metavar="KEY=VALUE",
+        help="Another setting of the transport, such as rows=mass, as rewards.transport of a training has them; repeat "
+        "for more.",
+    ),
+]
+
 
 def score(
     videos: Annotated[list[Path] | None, typer.Argument(help="Video files.")] = None,
@@ -25,6 +35,7 @@ def score(
     vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
     tau: Annotated[float | None, typer.Option(help="Transport that keeps weights this far; 1 is balanced.")] = None,
     mass: Annotated[float | None, typer.Option(help="Transport of exactly this mass.")] = None,
+    transport: Settings = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the scores as CSV.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
@@ -37,8 +48,8 @@ def score(
 
     quality is the cosine of the text and video embeddings (after the OT map, if one is given), semantic the
     log-probability that the text matches, with partial transport in the cross-attention; an encoder without a match
-    head gives quality alone, and takes none of --vanilla, --tau and --mass. Of these at most one is given; without one
-    tau is 0.9.
+    head gives quality alone, and takes none of --vanilla, --tau, --mass and --transport. Of the first three at most one
+    is given; without one tau is 0.9. Score by what a model was trained on: --transport rows=mass, say.
 
     A table has a column `video`, `file` or `file_name` and a column `prompt`, `text` or `caption`; that of --csv can be
     read back.
@@ -79,7 +90,7 @@ def score(
         items,
         encoder=encoder,
         ot_map=ot_map,
-        choice=choose_transport("score", tau=tau, mass=mass, vanilla=vanilla),
+        choice=choose_transport("score", tau=tau, mass=mass, settings=transport, vanilla=vanilla),
         json_file=json_file,
         csv_file=csv_file,
         device=device,
@@ -99,6 +110,7 @@ def evaluate(
     vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
     tau: Annotated[float | None, typer.Option(help="Transport that keeps weights this far; 1 is balanced.")] = None,
     mass: Annotated[float | None, typer.Option(help="Transport of exactly this mass.")] = None,
+    transport: Settings = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all numbers as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write each video's numbers as CSV.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
@@ -130,7 +142,7 @@ def evaluate(
         prompt=prompt,
         encoder=encoder,
         ot_map=ot_map,
-        choice=choose_transport("evaluate", tau=tau, mass=mass, vanilla=vanilla),
+        choice=choose_transport("evaluate", tau=tau, mass=mass, settings=transport, vanilla=vanilla),
         json_file=json_file,
         csv_file=csv_file,
         device=device,
@@ -148,6 +160,7 @@ def explain(
     vanilla: Annotated[bool, typer.Option("--vanilla", help="No partial transport in the attention.")] = False,
     tau: Annotated[float | None, typer.Option(help="Transport that keeps weights this far; 1 is balanced.")] = None,
     mass: Annotated[float | None, typer.Option(help="Transport of exactly this mass.")] = None,
+    transport: Settings = None,
     layer: Annotated[int | None, typer.Option(help="Fusion layer, from 1. Default: the last.")] = None,
     head: Annotated[int | None, typer.Option(help="Attention head, from 1. Default: the mean of all.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
@@ -168,8 +181,8 @@ def explain(
 
     if not prompt.strip():
         raise ValueError("explain: PROMPT is empty, expected at least one word.")
-    transport = choose_transport("explain", tau=tau, mass=mass, vanilla=vanilla).transport
-    page, _ = run(video, prompt, output, encoder=encoder, transport=transport, layer=layer, head=head, device=device)
+    chosen = choose_transport("explain", tau=tau, mass=mass, settings=transport, vanilla=vanilla).transport
+    page, _ = run(video, prompt, output, encoder=encoder, transport=chosen, layer=layer, head=head, device=device)
     typer.echo(f"Open {page}")
 
 
@@ -180,6 +193,7 @@ def leverage(
     most: Annotated[int, typer.Option(min=2, help="Most videos, evenly spread; all are held in memory.")] = MOST,
     tau: Annotated[float | None, typer.Option(help="Transport that keeps weights this far; 1 is balanced.")] = None,
     mass: Annotated[float | None, typer.Option(help="Transport of exactly this mass.")] = None,
+    transport: Settings = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1. Default: the first GPU, else the CPU.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Videos that the encoder sees at a time.")] = 16,
@@ -202,12 +216,12 @@ def leverage(
 
     if prompt is not None and not prompt.strip():
         raise ValueError("leverage: --prompt is empty, expected at least one word.")
-    transport = choose_transport("leverage", tau=tau, mass=mass).transport
+    chosen = choose_transport("leverage", tau=tau, mass=mass, settings=transport).transport
     _, unreadable = run(
         folder_items(folder, prompt, "leverage"),
         encoder=encoder,
         most=most,
-        transport=transport,
+        transport=chosen,
         json_file=json_file,
         device=device,
         batch_size=batch_size,

@@ -13,7 +13,7 @@ from torch import Tensor
 PER_BACKEND = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since PyTorch 2.9; before, one setting for all
 
 
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """No autocast inside; nothing is built where there is none, which is 6 us cheaper."""
     # The meta device has no autocast to ask for.
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -25,7 +25,7 @@ class full_precision:
     """Matrix products in the dtype of their inputs: no autocast, no TF32, no bfloat16 inside, whatever the settings."""
 
     def __init__(self, device: torch.device) -> None:
-        self._autocast = _no_autocast(device.type)
+        self._autocast = no_autocast(device.type)
         self._owner = None
         if PER_BACKEND:
             self._owner = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
@@ -52,7 +52,7 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, grad: Tensor, *others: Tensor) -> Any:
-        with _no_autocast(grad.device.type):
+        with no_autocast(grad.device.type):
             return backward(ctx, grad, *others)
 
     return run

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +85,34 @@ def test_a_folder_holds_what_one_pass_gives(videos: VideoFolder, model: TinyEnco
     assert torch.equal(found.video, whole.video)
     assert (found.captions, found.unreadable) == (whole.captions, whole.unreadable)
     assert sorted(os.listdir(tmp_path)) == [f"{k:06d}.safetensors" for k in range(3)] + ["embeddings.json"]
+
+
+@pytest.mark.parametrize("side", ["text", "video"])
+def test_pairs_that_are_not_finite_are_named(
+    videos: VideoFolder, model: TinyEncoder, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a model in float16 overflows: the pair is left out, the others of its batch are what they were."""
+    whole = embed(videos, model, range(8), batch_size=3)
+    encode, seen = getattr(TinyEncoder, f"encode_{side}"), []
+
+    def overflowing(self: TinyEncoder, batch: list[str] | torch.Tensor) -> Any:
+        features = encode(self, batch)
+        embedding = features.embedding.clone()
+        for row in embedding:
+            if len(seen) in (1, 6):
+                row[2] = torch.inf if seen[1:] else torch.nan
+            seen.append(row)
+        return dataclasses.replace(features, embedding=embedding)
+
+    monkeypatch.setattr(TinyEncoder, f"encode_{side}", overflowing)
+    monkeypatch.setattr(embeddings, "refused_prompts", lambda *_: {})
+    found = embed(videos, model, range(8), batch_size=3)
+    sound = [0, 2, 3, 4, 5, 7]
+    assert torch.equal(found.text, whole.text[sound])
+    assert torch.equal(found.video, whole.video[sound])
+    assert found.captions == [whole.captions[i] for i in sound]
+    assert [name for name, _ in found.unreadable] == [str(videos.files[i]) for i in (1, 6)]
+    assert all("not finite" in why for _, why in found.unreadable)
 
 
 def test_embeddings_do_not_depend_on_the_batch(videos: VideoFolder, model: TinyEncoder) -> None:
@@ -427,6 +457,13 @@ def test_a_training_is_chosen_resumed_and_the_papers(folder: Path, tmp_path: Pat
         (("--videos", "x", "--choose", "magic"), "--choose is 'magic'"),
         (("--videos", "x", "--report", "page.pdf"), "ends in .html"),
         (("--embeddings", "absent"), "no embeddings.json"),
+        (("--embeddings", "absent", "--encoder", "x"), "got --encoder, but the embeddings are there"),
+        (("--videos", "x", "--paper", "--lr", "1"), "got --lr, and --paper, which has its own"),
+        (
+            ("--videos", "x", "--kind", "affine", "--batch-size", "9"),
+            "got --batch-size, which kind 'affine' does not use",
+        ),
+        (("--videos", "x", "--kind", "center", "--checkpoints", "y"), "got --checkpoints, which kind 'center'"),
     ],
 )
 def test_faults_in_the_command_are_named(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pisces.data import read_video, write_video
 from pisces.encoders import TinyEncoder, TinyEncoderConfig, load_encoder, resample
-from pisces.encoders.base import check_frames, check_prompts
+from pisces.encoders.base import check_frames, check_prompts, log_odds
 from pisces.world import checkpoint_path, scene
 from pisces.world.encoder_recipe import attribute_loss, damage, scene_key, train_encoder
 from pisces.world.encoder_scores import attribute_accuracy, encoder_scores, within_group_spearman
@@ -391,3 +391,13 @@ def test_a_file_is_read_as_an_encoder_would_look_at_it(mode: str, seed: int, tmp
         read = read_video(tmp_path / "v.mp4", n_frames=n_frames, size=size, interpolation=mode)
         torch.testing.assert_close(read, wanted, rtol=0, atol=1e-6)
         assert -1e-6 <= wanted.min() <= wanted.max() <= 1 + 1e-6  # weights that sum to 1 but for rounding
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_log_odds_keep_their_digits_inside_autocast(outputs: int, seed: int) -> None:
+    head, x = torch.nn.Linear(9, outputs), torch.randn(5, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(x).dtype == torch.bfloat16  # it is on
+        got = log_odds(head, x)
+    assert torch.equal(got, log_odds(head, x))
+    assert got.dtype == torch.float32

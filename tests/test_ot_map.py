@@ -100,6 +100,16 @@ def test_the_wider_dtype_is_computed_in(kind: Kind, given: torch.dtype, own: tor
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_autocast_changes_no_digit(kind: Kind, seed: int) -> None:
+    alignment, z = example(kind), normal(7, seed)
+    wanted = alignment.text(z), alignment.video(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (z @ z.T).dtype == torch.bfloat16  # it is on
+        got = alignment.text(z), alignment.video(z)
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_reward_takes_every_kind_in_every_dtype(kind: Kind, seed: int) -> None:
     frames, prompts = some_videos(2, seed)
     reward = QualityReward(tiny_encoder(), example(kind, 8))
@@ -295,6 +305,15 @@ def test_retrieval_of_perfect_blind_and_repeated_captions(seed: int) -> None:
     assert retrieval_at_1(x, x.roll(1, 0), label) == 0
     assert retrieval_at_1(x, F.normalize(normal(200, seed + 1, 16), dim=-1), label) < 0.1
     assert retrieval_at_1(x, x.roll(1, 0), torch.zeros(200, dtype=torch.long)) == 1
+
+
+def test_metrics_do_not_depend_on_how_many_rows_are_held(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = normal(53, seed), normal(53, seed + 1)
+    label = torch.arange(53) // 2
+    whole = retrieval_at_1(x, x + y, label), mutual_knn(x, x + y, k=5)
+    for held in (1, 53 * 7, 10**9):
+        monkeypatch.setattr("pisces.ot_map.metrics.SIMILARITIES", held)
+        assert (retrieval_at_1(x, x + y, label), mutual_knn(x, x + y, k=5)) == whole
 
 
 def test_mutual_knn_of_equal_moved_and_foreign_clouds(seed: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import signal
 import warnings
@@ -290,8 +292,53 @@ def test_the_papers_settings_are_those_of_the_paper() -> None:
         "batch_size": 128,
         "lr": 1e-4,
         "cost_weight": 1 / 512,
+        "objective": "max_min",
     }
     assert (neural.MAP_STEPS, neural.WEIGHT_DECAY, neural.CLIP, neural.LAST_LR) == (10, 1e-10, 1.0, 0.05)
+
+
+def test_outer_steps_are_those_of_the_recipe(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps of T and one of f on fresh batches, each clipped, by Adam with weight decay, on a falling cosine."""
+    decay, clip, last = 0.1, 0.05, 0.25  # large enough to be seen after three steps
+    for name, value in (("WEIGHT_DECAY", decay), ("CLIP", clip), ("LAST_LR", last)):
+        monkeypatch.setattr(neural, name, value)
+    text, video = torch.randn(2, 40, 5, dtype=torch.float64)
+    settings = MapSettings(hidden=6, steps=3, batch_size=7, lr=1e-2, cost_weight=0.3, objective="max_min", seed=4)
+    fit = neural.MapFit(text, video + 0.5, settings)
+    move, judge = copy.deepcopy(fit.network), copy.deepcopy(fit.potential)
+    generator = torch.Generator().manual_seed(4)
+    moments: dict[Tensor, list[Tensor]] = {}
+    clipped = []
+
+    def batch(data: Tensor) -> Tensor:
+        return data[torch.randint(0, 40, (7,), generator=generator)]
+
+    def adam(network: torch.nn.Module, loss: Tensor, rate: float, number: int) -> None:
+        weights = list(network.parameters())
+        gradients = torch.autograd.grad(loss, weights)
+        length = torch.cat([g.flatten() for g in gradients]).norm()
+        clipped.append(float(length) > clip)
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                g = gradient * min(1.0, clip / float(length + 1e-6)) + decay * weight
+                m, v = moments.setdefault(weight, [torch.zeros_like(g), torch.zeros_like(g)])
+                m += 0.1 * (g - m)
+                v += 0.001 * (g * g - v)
+                weight -= rate * m / (1 - 0.9**number) / ((v / (1 - 0.999**number)).sqrt() + 1e-8)
+
+    for outer in range(3):
+        rate = 1e-2 * (last + (1 - last) * (1 + math.cos(math.pi * outer / 3)) / 2)
+        for inner in range(10):
+            y = batch(text)
+            loss = 0.3 * ((move(y) - y) ** 2).sum(1).mean() - judge(move(y)).mean()
+            adam(move, loss, rate, 10 * outer + inner + 1)
+        y, x = batch(text), batch(video + 0.5)
+        adam(judge, judge(move(y).detach()).mean() - judge(x).mean(), rate, outer + 1)
+        fit.step()
+        for mine, theirs in ((move, fit.network), (judge, fit.potential)):
+            for one, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+                torch.testing.assert_close(other, one, rtol=1e-7, atol=1e-9)
+    assert any(clipped)
 
 
 def test_the_best_map_is_kept(seed: int) -> None:

@@ -109,6 +109,15 @@ def test_embeddings_are_those_of_the_model_itself(name: str, tmp_path: Path) -> 
         torch.testing.assert_close(encoder.encode_video(frames[:, order]).embedding, got.embedding, **DOUBLE)
 
 
+@pytest.mark.parametrize("name", ["siglip", "siglip2"])
+def test_siglip_reads_small_letters(name: str, tmp_path: Path) -> None:
+    """Also where the directory's tokenizer knows capitals, as that of SigLIP 2's checkpoints of one resolution does."""
+    encoder = encoder_of(name, tmp_path)
+    one, other, third = encoder.encode_text(["A Red DOG", "a red dog", "a blue dog"]).embedding
+    assert torch.equal(one, other)
+    assert (one - third).abs().max() > 1e-6
+
+
 def row(batch: dict[str, Tensor], i: int) -> dict[str, Tensor]:
     return {key: value[i : i + 1] for key, value in batch.items()}
 

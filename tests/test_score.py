@@ -361,6 +361,9 @@ def test_a_gpu_is_taken_and_gives_the_scores_of_the_cpu(clips: VideoFolder, tmp_
 # Transport, and encoders without a match head
 
 
+MASSES = Transport(mass=0.3, rows="mass", epsilon=0.2)
+
+
 def test_the_transport_is_that_of_the_options_and_is_reported(clips: VideoFolder, tmp_path: Path) -> None:
     encoder = load_encoder(checkpoint_path("encoder"))
     frames = torch.stack([read_video(file, n_frames=9, size=32) for file in clips.files])
@@ -369,6 +372,7 @@ def test_the_transport_is_that_of_the_options_and_is_reported(clips: VideoFolder
         ((), Transport()),
         (("--tau", "1"), Transport(tau=1.0)),
         (("--mass", "0.3"), Transport(mass=0.3)),
+        (("--mass", "0.3", "--transport", "rows=mass", "--transport", "epsilon=2e-1"), MASSES),
         (("--vanilla",), None),
     ):
         result = run("score", "--folder", clips.path, "--json", tmp_path / "s.json", *options)
@@ -387,7 +391,7 @@ def test_the_transport_is_that_of_the_options_and_is_reported(clips: VideoFolder
             left = report(tmp_path / "l.json")
             assert {key: left[key] for key in numbers} == pytest.approx(numbers, abs=1e-5)
             assert left["transport"] == used
-    assert len({tuple(row) for row in found.values()}) == 4
+    assert len({tuple(row) for row in found.values()}) == 5
 
 
 def test_explain_draws_the_transport_that_was_asked_for(clips: VideoFolder, tmp_path: Path) -> None:
@@ -413,6 +417,10 @@ def test_settings_of_the_transport_that_cannot_be_are_refused(clips: VideoFolder
         refused(run(*command, "--tau", "1.5"), command[0], "--tau is 1.5")
         refused(run(*command, "--mass", "0"), command[0], "--mass is 0")
         refused(run(*command, "--mass", "nan"), command[0], "--mass is nan")
+        refused(run(*command, "--transport", "rows"), f"{command[0]}: --transport is 'rows', expected KEY=VALUE")
+        refused(run(*command, "--transport", "row=mass"), "--transport.row: unknown key. Did you mean --transport.rows")
+        refused(run(*command, "--transport", "gamma=-1"), "gamma is -1.0, expected a finite number of at least 0")
+        refused(run(*command, "--transport", "tau=0.8", "--tau", "0.9"), command[0], "--tau and the same setting")
         if command[0] != "leverage":
             refused(run(*command, "--vanilla", "--mass", "0.5"), command[0], "--mass and --vanilla")
 

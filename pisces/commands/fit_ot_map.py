@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -48,6 +48,10 @@ ADVICE = (
     "r_at_1 (higher) and rho (lower) tell whether the reward gets better; gap, cosine and divergence improve even "
     "where it gets worse."
 )
+
+
+PAPERS = ("steps", "hidden", "lr", "batch_size", "cost_weight", "objective")
+"""Options of a training that `--paper` sets."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,32 @@ def fit_ot_map(
     return results
 
 
+def refuse_unused(written: Mapping[str, object], kind: str) -> None:
+    """Refuse options that would change nothing, however they were meant.
+
+    Args:
+        written: the command's options as they were written, by name.
+        kind: of the alignment, written or not.
+
+    Raises:
+        ValueError: naming the options and what they are for.
+    """
+
+    def refuse(names: Sequence[str], advice: str) -> None:
+        wrong = [f"--{name.replace('_', '-')}" for name in names if name in written]
+        if wrong:
+            raise ValueError(f"fit-ot-map: got {', '.join(wrong)}, {advice}")
+
+    if written.get("paper"):
+        refuse(("kind", *PAPERS), "and --paper, which has its own. Leave one of them out.")
+    elif kind not in NEURAL:
+        refuse(
+            (*PAPERS, "choose", "checkpoints"), f"which kind {kind!r} does not use: it needs no training. Leave it out."
+        )
+    if "videos" not in written:
+        refuse(("encoder",), "but the embeddings are there, made by the encoder that their folder names. Leave it out.")
+
+
 def _check(
     output: Path, videos: Path | None, embeddings: Path | None, options: FitOptions, report: Path | None
 ) -> None:
@@ -212,8 +242,10 @@ def _embeddings(
     for name, why in found.unreadable:
         errors.print(f"pisces: skipped {name}: {why}", markup=False, highlight=False)
     if found.unreadable:
-        left_out = f"{len(found.unreadable)} of {n_videos} videos could not be read or have a caption without a word"
-        errors.print(f"pisces: {left_out}")
+        errors.print(
+            f"pisces: {len(found.unreadable)} of {n_videos} videos could not be read or have a caption without a word "
+            "or an embedding that is not finite"
+        )
     if not len(found):
         raise ValueError(f"fit-ot-map: none of the {n_videos} videos in {str(videos or folder)!r} could be used.")
     return found, source

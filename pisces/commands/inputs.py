@@ -20,6 +20,7 @@ from pisces.ot_map import Alignment
 from pisces.pipelines.trainable import best_device
 from pisces.rewards import CompositeReward, QualityReward, Reward, SemanticReward, Transport
 from pisces.rewards.base import check_match_head
+from pisces.sections import override, section
 from pisces.shards import Member, read_item
 from pisces.video import VIDEO_SUFFIXES
 
@@ -125,18 +126,31 @@ class TransportChoice(NamedTuple):
 
     Attributes:
         transport: of the words to the video tokens; None leaves the cross-attention as it is.
-        option: which of --tau, --mass and --vanilla was given; None where none was.
+        option: which of --tau, --mass, --vanilla and --transport was given, the first; None where none was.
     """
 
     transport: Transport | None
     option: str | None
 
 
-def choose_transport(who: str, *, tau: float | None, mass: float | None, vanilla: bool = False) -> TransportChoice:
-    """The transport of the options --tau, --mass and --vanilla, of which at most one is given.
+def choose_transport(
+    who: str,
+    *,
+    tau: float | None = None,
+    mass: float | None = None,
+    settings: Sequence[str] | None = None,
+    vanilla: bool = False,
+) -> TransportChoice:
+    """The transport of the options --tau, --mass, --transport and --vanilla.
+
+    Args:
+        who: name of the command, for the messages.
+        tau, mass: at most one of them, and not beside `vanilla`.
+        settings: of the form "key=value", the fields of `Transport`; what is not named has its default.
+        vanilla: no transport.
 
     Raises:
-        ValueError: more than one, or a number that is no share.
+        ValueError: options that exclude each other, an unknown setting, or a value out of its range.
     """
     options = {"--tau": tau, "--mass": mass}
     given = [name for name, value in options.items() if value is not None] + ["--vanilla"] * vanilla
@@ -145,11 +159,18 @@ def choose_transport(who: str, *, tau: float | None, mass: float | None, vanilla
     for name, value in options.items():
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"{who}: {name} is {value}, expected more than 0 and at most 1.")
-    if not given:
-        return TransportChoice(Transport(), None)
-    if vanilla:
-        return TransportChoice(None, given[0])
-    return TransportChoice(Transport(mass=mass) if tau is None else Transport(tau=tau), given[0])
+    values: dict[str, Any] = {}
+    for setting in settings or ():
+        if "=" not in setting:
+            raise ValueError(f"{who}: --transport is {setting!r}, expected KEY=VALUE, such as rows=mass.")
+        override(values, setting)
+    if vanilla and values:
+        raise ValueError(f"{who}: got --transport and --vanilla, which has none. Leave one of them out.")
+    for name, value in options.items():
+        if value is not None and values.setdefault(name.removeprefix("--"), value) != value:
+            raise ValueError(f"{who}: got {name} and the same setting in --transport. Leave one of them out.")
+    given += ["--transport"] * bool(settings)
+    return TransportChoice(None if vanilla else section(Transport, values, "--transport"), next(iter(given), None))
 
 
 class LoadedRewards(NamedTuple):
@@ -236,8 +257,11 @@ def read_batches(
 
 
 def transport_name(transport: Transport) -> str:
-    """Such as "tau 0.9" or "mass 0.7"."""
-    return f"tau {transport.tau:g}" if transport.mass is None else f"mass {transport.mass:g}"
+    """Such as "tau 0.9" or "mass 0.7, rows mass": the share, and what is not as usual."""
+    share = f"tau {transport.tau:g}" if transport.mass is None else f"mass {transport.mass:g}"
+    settings, usual = asdict(transport), asdict(Transport())
+    others = [f"{name} {value}" for name, value in settings.items() if value != usual[name]]
+    return ", ".join([share, *(text for text in others if not text.startswith(("tau ", "mass ")))])
 
 
 def transport_settings(transport: Transport | None) -> dict[str, Any] | None:

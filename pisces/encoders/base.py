@@ -12,6 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pisces_kernels._precision import no_autocast
+
 _PART = 64  # prompts that are read at once when it is asked which are refused
 AttentionRefiner = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(query [B, Q, D], key [B, M, D], attention [B, H, Q, M], frame_index [M], positions [M, 2], lexical [B, Q] bool)
@@ -134,11 +136,8 @@ def resample(frames: Tensor, n_frames: int, size: int, *, mode: str = "bilinear"
             f"resample: frames has shape {tuple(frames.shape)}, expected five dimensions (B, T, C, H, W), none "
             "empty. Add the batch dimension with frames[None]."
         )
-    b, t, _, h, w = frames.shape
-    if t != n_frames:
-        index = [(2 * i + 1) * t // (2 * n_frames) for i in range(n_frames)]
-        # not frames[:, index]: its backward adds in an order that depends on the threads
-        frames = frames.index_select(1, torch.tensor(index, device=frames.device))
+    frames = pick_frames(frames, n_frames)
+    b, _, _, h, w = frames.shape
     if (h, w) != (size, size):
         scale = size / min(h, w)
         h, w = max(size, round(h * scale)), max(size, round(w * scale))
@@ -149,6 +148,16 @@ def resample(frames: Tensor, n_frames: int, size: int, *, mode: str = "bilinear"
         if mode == "bicubic":
             frames = frames.clamp(0.0, 1.0)
     return frames
+
+
+def pick_frames(frames: Tensor, n_frames: int) -> Tensor:
+    """The frames of [B, T, C, H, W] in the middle of n_frames equal parts; `frames` itself where T is n_frames."""
+    t = frames.shape[1]
+    if t == n_frames:
+        return frames
+    index = [(2 * i + 1) * t // (2 * n_frames) for i in range(n_frames)]
+    # not frames[:, index]: its backward adds in an order that depends on the threads
+    return frames.index_select(1, torch.tensor(index, device=frames.device))
 
 
 def check_frames(frames: Tensor, who: str) -> None:
@@ -188,7 +197,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def log_odds(head: nn.Linear, x: Tensor) -> Tensor:
-    """What a match head says of x [B, D], in float32 where it came in 16 bits.
+    """What a match head says of x [B, D], in float32 where it came in 16 bits, also inside torch.autocast.
 
     Args:
         head: one logit, or those of no match and of a match.
@@ -198,7 +207,8 @@ def log_odds(head: nn.Linear, x: Tensor) -> Tensor:
         [B], the one logit, or the second minus the first.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    logits = F.linear(x.to(wide), head.weight.to(wide), head.bias.to(wide))
+    with no_autocast(x.device.type):
+        logits = F.linear(x.to(wide), head.weight.to(wide), head.bias.to(wide))
     return logits[:, 0] if head.out_features == 1 else logits[:, 1] - logits[:, 0]
 
 

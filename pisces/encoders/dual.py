@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, unit
+from pisces.encoders.base import AttentionRefiner, TextFeatures, VideoFeatures, check_prompts, unit
 from pisces.encoders.pretrained import Pixels, load_model, load_pixels, load_tokenizer, model_type, read_prompts
 from pisces.tokens import TokenGrid
 
@@ -118,6 +118,8 @@ class DualEncoder(nn.Module):
             ValueError: a prompt without a word, or an encoder without a tokenizer.
         """
         siglip = self.kind.startswith("siglip")
+        if siglip:  # trained on small letters, which not every tokenizer makes of the others
+            prompts = [prompt.lower() for prompt in check_prompts(prompts, "DualEncoder.encode_text")]
         words = read_prompts(
             self.tokenizer,
             prompts,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pisces.encoders.base import check_prompts, resample
+from pisces.encoders.base import check_prompts, pick_frames, resample
 from pisces.tensor_files import listed, read_settings, read_tensors
 
 T = TypeVar("T")
@@ -46,7 +46,8 @@ class Pixels:
         if frames.dim() != 5 or frames.shape[2] != 3:
             raise ValueError(f"{who}: frames has shape {tuple(frames.shape)}, expected (B, T, 3, H, W).")
         wide = torch.promote_types(torch.promote_types(frames.dtype, dtype), torch.float32)
-        frames = resample(frames.to(wide), n_frames, self.size, mode=self.mode)
+        # of a long video in 16 bits, only the frames that are looked at are made wider
+        frames = resample(pick_frames(frames, n_frames).to(wide), n_frames, self.size, mode=self.mode)
         mean, std = (frames.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return ((frames - mean) / std).to(dtype)
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pisces.ot_map.network import NeuralOTMap
 from pisces.tensor_files import read_safetensors, read_tensors
 from pisces.video import atomic_path
+from pisces_kernels._precision import no_autocast
 
 Kind = Literal["none", "mean_shift", "center", "affine", "procrustes", "ridge", "barycentric", "ot", "center_ot"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -152,23 +153,24 @@ class Alignment(nn.Module):
             y: [..., E] of any length, but not zero.
 
         Returns:
-            [..., E], in the wider dtype of y and the alignment.
+            [..., E], in the wider dtype of y and the alignment, also inside torch.autocast.
 
         Raises:
             ValueError: another width than that of the alignment.
         """
-        y = F.normalize(self._checked(y, "text"), dim=-1)
-        if self.text_mean is not None and self.video_mean is not None:
-            y = y - self.text_mean
-            y = y + self.video_mean if self.kind == "mean_shift" else F.normalize(y, dim=-1)
-        if self.matrix is not None and self.offset is not None:
-            y = y @ self.matrix.to(y.dtype) + self.offset
-        if self.anchors is not None:
-            y = torch.cat([self._barycentre(part) for part in y.reshape(-1, y.shape[-1]).split(_ROWS)]).view_as(y)
-        if self.network is not None:
-            weights = {name: weight.to(y.dtype) for name, weight in self.network.named_parameters()}
-            y = functional_call(self.network, weights, (y,))
-        return F.normalize(y, dim=-1)
+        with no_autocast(y.device.type):
+            y = F.normalize(self._checked(y, "text"), dim=-1)
+            if self.text_mean is not None and self.video_mean is not None:
+                y = y - self.text_mean
+                y = y + self.video_mean if self.kind == "mean_shift" else F.normalize(y, dim=-1)
+            if self.matrix is not None and self.offset is not None:
+                y = y @ self.matrix.to(y.dtype) + self.offset
+            if self.anchors is not None:
+                y = torch.cat([self._barycentre(part) for part in y.reshape(-1, y.shape[-1]).split(_ROWS)]).view_as(y)
+            if self.network is not None:
+                weights = {name: weight.to(y.dtype) for name, weight in self.network.named_parameters()}
+                y = functional_call(self.network, weights, (y,))
+            return F.normalize(y, dim=-1)
 
     def video(self, x: Tensor) -> Tensor:
         """Aligned, normalised video embeddings; x [..., E] and the result as in `text`."""

@@ -75,7 +75,7 @@ def embed(
     device: torch.device | str = "cpu",
     progress: Progress = lambda n: None,
 ) -> Embeddings:
-    """Embed some of the videos with their captions; what cannot be read or has no word is left out and listed.
+    """Embed some of the videos with their captions; what is unreadable, wordless or not finite is listed.
 
     Args:
         videos: opened with the `n_frames` and `size` of the encoder.
@@ -102,6 +102,7 @@ def embed(
         batch = items[start : start + batch_size]
         frames: list[Tensor] = []
         words: list[str] = []
+        read: list[int] = []
         refused = refused_prompts(model, [videos.captions[i] for i in batch])  # before videos are read in vain
         for k, i in enumerate(batch):
             if k in refused:
@@ -114,10 +115,18 @@ def embed(
                 continue
             frames.append(clip)
             words.append(caption)
+            read.append(i)
         if words:
-            texts.append(model.encode_text(words).embedding.float().cpu())
-            embedded.append(model.encode_video(torch.stack(frames).to(device)).embedding.float().cpu())
-            captions += words
+            text = model.encode_text(words).embedding.float().cpu()
+            video = model.encode_video(torch.stack(frames).to(device)).embedding.float().cpu()
+            finite = text.isfinite().all(-1) & video.isfinite().all(-1)  # one broken pair would break every metric
+            texts.append(text[finite])
+            embedded.append(video[finite])
+            captions += [word for word, sound in zip(words, finite.tolist(), strict=True) if sound]
+            broken = [str(videos.files[i]) for i, sound in zip(read, finite.tolist(), strict=True) if not sound]
+            unreadable += [
+                (file, "the encoder gives it or its caption an embedding that is not finite") for file in broken
+            ]
         progress(len(batch))
     return Embeddings(torch.cat(texts), torch.cat(embedded), captions, unreadable)
 

@@ -61,6 +61,7 @@ def paper_settings(dim: int) -> dict[str, Any]:
         "batch_size": 128,
         "lr": 1e-4,
         "cost_weight": 1 / dim,
+        "objective": "max_min",
     }
 
 

@@ -18,7 +18,7 @@ MAX_ITERS = 2000  # of its solver: clouds that nearly coincide along a line take
 NEIGHBOURS = 10  # the paper's k
 MOST_PAIRS = 4096  # of which distances are ranked and transport is solved: the work grows with their square
 SAME = 1e-12  # square of the texts' spread over that of their length below which they differ by rounding only
-ROWS = 4096  # of a matrix of similarities that are held at a time
+ROWS, SIMILARITIES = 4096, 2**26  # most rows and entries of a matrix of similarities that are held at a time
 
 
 def alignment_metrics(alignment: Alignment, text: Tensor, video: Tensor, captions: Sequence[str]) -> dict[str, float]:
@@ -109,7 +109,7 @@ def retrieval_at_1(text: Tensor, video: Tensor, label: Tensor) -> float:
         label: [n] long, equal for equal captions.
     """
     label = label.to(text.device)
-    nearest = torch.cat([(part @ video.T).argmax(1) for part in text.split(ROWS)])
+    nearest = torch.cat([(part @ video.T).argmax(1) for part in text.split(_rows(len(video)))])
     return float((label[nearest] == label).float().mean())
 
 
@@ -161,11 +161,16 @@ def mutual_knn(x: Tensor, y: Tensor, *, k: int = NEIGHBOURS) -> float:
     return float((first[:, :, None] == second[:, None, :]).any(2).sum(1).float().mean() / k)
 
 
+def _rows(n: int) -> int:
+    """Rows of similarities with n others that are computed at once."""
+    return max(1, min(ROWS, SIMILARITIES // max(1, n)))
+
+
 def _nearest(z: Tensor, k: int) -> Tensor:
     """Numbers [n, k] of the k rows that are most similar to each row, itself left out."""
-    found = []
-    for start in range(0, len(z), ROWS):
-        similarity = z[start : start + ROWS] @ z.T
+    found, rows = [], _rows(len(z))
+    for start in range(0, len(z), rows):
+        similarity = z[start : start + rows] @ z.T
         similarity.diagonal(start).fill_(-torch.inf)
         found.append(similarity.topk(k, dim=1).indices)
     return torch.cat(found)

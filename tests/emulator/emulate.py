@@ -1,9 +1,10 @@
 """Builds the CUDA kernels for the CPU emulator and runs their tests, without a GPU.
 
-    python tests/emulator/emulate.py              # random schedules, AddressSanitizer, ThreadSanitizer
-    python tests/emulator/emulate.py --mutations  # known bugs, put in one at a time: each has to be found
-    python tests/emulator/emulate.py --module     # the Python bindings over the emulated kernels: prints the path
+    python tests/emulator/emulate.py           # random schedules, AddressSanitizer, ThreadSanitizer; then known bugs,
+                                               # put in one at a time: each has to be found
+    python tests/emulator/emulate.py --module  # the Python bindings over the emulated kernels: prints the path
 
+The gate may draw a part of the first: see tests/verified.py.
 ThreadSanitizer is the race detector: in shared, cluster and global memory, a missing barrier is reported with its line.
 """
 
@@ -16,12 +17,17 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from mutations import MUTATIONS, Mutation
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from verified import only_a_part, passed
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulator"
@@ -33,6 +39,7 @@ SANITIZERS = {
     "thread": ["-DCMAKE_CXX_FLAGS=-fsanitize=thread"],
 }
 LIMIT = 300  # seconds for one run of one program
+DRAWN = 6  # mutations
 
 
 @dataclass(frozen=True)
@@ -128,10 +135,10 @@ def mutated(mutation: Mutation) -> Path:
     return copy / "cuda"
 
 
-def find_mutations(seeds: list[int]) -> None:
+def find_mutations(seeds: list[int], mutations: Sequence[Mutation] = MUTATIONS) -> None:
     """Every mutation must be found by one way of running at least, with one of the seeds."""
     missed = []
-    for mutation in MUTATIONS:
+    for mutation in mutations:
         kernels = mutated(mutation)
         found = {}
         for name in mutation.found_by:
@@ -149,7 +156,7 @@ def find_mutations(seeds: list[int]) -> None:
             print(f"         {name}: {reason}")
         if not found:
             missed.append(mutation.name)
-    print(f"{len(MUTATIONS) - len(missed)} of {len(MUTATIONS)} mutations found (seeds {seeds})")
+    print(f"{len(mutations) - len(missed)} of {len(mutations)} mutations found (seeds {seeds})")
     if missed:
         raise SystemExit(f"not found: {', '.join(missed)}")
 
@@ -163,24 +170,41 @@ def build_module() -> Path:
     return path
 
 
+def whole(seeds: list[int]) -> None:
+    """Everything, and a note of what was verified."""
+    test("plain", seeds[:2], DEVICES)
+    test("address", seeds[:1], DEVICES)
+    test("thread", seeds[:1], ("tiny", "tiny_80"))
+    find_mutations(seeds)
+    passed("emulator")
+
+
+def part(seeds: list[int]) -> None:
+    """All programs on all devices once, one of them under one sanitizer, and some mutations, drawn by the seed."""
+    draw = random.Random(seeds[0])
+    sanitizer = draw.choice(("address", "thread"))
+    test("plain", seeds[:1], DEVICES)
+    test(sanitizer, seeds[:1], (draw.choice(DEVICES if sanitizer == "address" else ("tiny", "tiny_80")),))
+    known = [mutation for mutation in MUTATIONS if {"plain", sanitizer} & set(mutation.found_by)]
+    find_mutations(seeds, draw.sample(known, DRAWN))
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mutations", action="store_true", help="put known bugs in: each has to be found")
+    parser.add_argument(
+        "--draw", action="store_true", help="only a part if the sources are those of the last whole run"
+    )
     parser.add_argument("--module", action="store_true", help="build the Python module and print its path")
-    parser.add_argument("--seed", type=int, help="of data and schedules (default: a new one)")
+    parser.add_argument("--seed", type=int, help="of data, schedules and what is drawn (default: a new one)")
     arguments = parser.parse_args()
     if arguments.module:
         print(build_module())
         return
     seed = arguments.seed if arguments.seed is not None else random.randrange(1, 10**6)
     seeds = [seed, seed + 1, seed + 2]  # a schedule may hide a bug
-    if arguments.mutations:
-        find_mutations(seeds)
-        return
-    test("plain", seeds[:2], DEVICES)
-    test("address", [seed], DEVICES)
-    test("thread", [seed], ("tiny", "tiny_80"))
+    print(f"--seed {seed}", flush=True)
+    (part if only_a_part("emulator") else whole)(seeds)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
     TRITON_INTERPRET=1 python -m pytest tests/triton     # the interpreter reads the variable when triton is imported
     python -m pytest tests/triton                        # on a device; without one there is nothing to collect
 
+The first is slow, and the gate may draw a third of it: see tests/verified.py.
+
 In the interpreter every tensor that a kernel reads lies between NaN (masks: between True), and every result starts as
 NaN between canaries: what is read or written outside shows. The interpreter itself would not say so.
 """
@@ -10,23 +12,38 @@ NaN between canaries: what is read or written outside shows. The interpreter its
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from verified import only_a_part, passed
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     collect_ignore_glob = ["*.py"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`-m gpu` selects these tests where they run on a device."""
     for item in items:
         if not INTERPRETED and Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+    if INTERPRETED and only_a_part("triton"):
+        drawn = set(random.SystemRandom().sample(items, len(items) // 3))
+        config.hook.pytest_deselected(items=[item for item in items if item not in drawn])
+        items[:] = [item for item in items if item in drawn]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """All tests have passed in the interpreter: noted, so that the gate need not run all of them again."""
+    config = session.config
+    whole = config.args == ["tests/triton"] and not config.option.keyword and not config.option.markexpr
+    worker = hasattr(config, "workerinput")
+    if INTERPRETED and whole and not worker and exitstatus == 0 and not only_a_part("triton"):
+        passed("triton")
 
 
 BORDER = 128  # entries before and after a tensor; a multiple of 16 bytes keeps it aligned
