@@ -150,17 +150,15 @@ def build_batches(
     return VideoBatches(videos, adapter, batch_size=size, seed=seed, cache=cache)
 
 
-def reward_sections(config: TrainConfig) -> dict[str, RewardsConfig]:
-    """The sections of rewards that a run computes, by their keys."""
-    sections = {"rewards": config.rewards} if config.algorithm.needs_rewards else {}
-    if config.validation.every and config.validation.watched is not None:
-        sections["validation.watched"] = config.validation.watched
-    return sections
+def computed_rewards(config: TrainConfig) -> dict[str, RewardsConfig]:
+    """The sections of rewards that a run computes, by their keys: without validation nothing is watched."""
+    sections = config.reward_sections()
+    return sections if config.validation.every else {key: sections[key] for key in sections if key == "rewards"}
 
 
 def build_encoders(config: TrainConfig, adapter: PipelineAdapter) -> dict[str, Encoder]:
     """The encoders of all rewards, by the names that the settings have for them; each is loaded once."""
-    names = {settings.encoder for settings in reward_sections(config).values()}
+    names = {settings.encoder for settings in computed_rewards(config).values()}
     return {name: load_encoder(resolve_path(name)).to(adapter.device) for name in sorted(names)}
 
 
@@ -178,7 +176,7 @@ def check_texts(config: TrainConfig, encoders: Mapping[str, Encoder], batches: P
         ValueError: naming the section, and number and text of the first few prompts.
     """
     validated = validation_prompts(config, batches) if config.validation.every else []
-    for key, settings in reward_sections(config).items():
+    for key, settings in computed_rewards(config).items():
         encoder = encoders[settings.encoder]
         texts: dict[str, list[str]] = {}
         if key == "rewards":

@@ -364,7 +364,7 @@ class TrainConfig:
             "data.prompts": self.data.prompts,
             "validation.prompts": self.validation.prompts,
         }
-        for key, rewards in self._rewarded().items():
+        for key, rewards in self.reward_sections().items():
             named[f"{key}.encoder"] = None if rewards.encoder == UNSET else rewards.encoder
             named[f"{key}.ot_map"] = rewards.ot_map
         for key, name in named.items():
@@ -382,15 +382,15 @@ class TrainConfig:
         Raises:
             ValueError: naming the setting that a preset leaves open.
         """
-        for key, rewards in self._rewarded().items():
+        for key, rewards in self.reward_sections().items():
             if rewards.encoder == UNSET:
                 raise ValueError(
                     f"{key}.encoder: say where your encoder is, such as --set {key}.encoder=models/internvideo2; "
                     "`packaged` knows 32-pixel videos of moving shapes and nothing else."
                 )
 
-    def _rewarded(self) -> dict[str, RewardsConfig]:
-        """The settings of the rewards that are trained on and watched, by section."""
+    def reward_sections(self) -> dict[str, RewardsConfig]:
+        """The settings of the rewards that are trained on and watched, by their keys."""
         found = {"rewards": self.rewards} if self.algorithm.needs_rewards else {}
         if self.validation.watched is not None:
             found["validation.watched"] = self.validation.watched
