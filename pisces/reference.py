@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from pisces.pipelines.base import PipelineAdapter
 from pisces.processes import Processes
 from pisces.rewards import CompositeReward, Reward, Standardized
-from pisces.state import step_generator, write_text
+from pisces.state import save_tensors, step_generator, write_text
 from pisces.tensor_files import read_safetensors
 from pisces.video import atomic_path
 
@@ -118,7 +117,7 @@ def _measure(
         terms[number] = {name: value.cpu().clone() for name, value in rewards.terms(frames, prompts).items()}
         if all(value.isfinite().all() for value in terms[number].values()):  # others may be mended by the next start
             with atomic_path(folder / f"{number}.safetensors") as temporary:
-                save_file(terms[number], temporary)
+                save_tensors(temporary, terms[number])
         del frames
     found |= {number: values for part in processes.gather(terms) for number, values in part.items()}
     scale = {}

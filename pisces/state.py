@@ -84,7 +84,7 @@ def save_checkpoint(
         digests = {}
         for stem, group in tensors.items():
             file = partial / f"{stem}.safetensors"
-            _save_tensors(file, group)
+            save_tensors(file, group)
             digests[file.name] = _digest(file)
             _sync(file)
         state = {"format": FORMAT, "step": step, "sha256": digests, **meta}
@@ -207,17 +207,22 @@ def step_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
-def _save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a file of tensors.
 
+    Args:
+        file: the .safetensors to write.
+        tensors: name -> tensor, on any device.
+
     Raises:
-        OSError: of the system; safetensors has only its text, such as "No space left on device (os error 28)".
+        OSError: of the system, naming the file; safetensors has only its text, such as "No space left on device (os
+            error 28)".
     """
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, str(file))
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(file)) from error
 
 
 def _remove(checkpoint: Path) -> None:

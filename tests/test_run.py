@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import json
@@ -19,6 +20,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from tiny_wan import PROMPTS, WORDS, build_tiny_wan
 
 from pisces.build import build_adapter, build_batches, build_training, reference_videos, run_training
@@ -218,6 +220,16 @@ def test_a_reference_that_is_not_finite_is_not_remembered(
     assert len(list((tmp_path / "reference-parts").glob("*/*.safetensors"))) == 1
     build_training(settings(world, tmp_path))
     assert (tmp_path / "reference.json").exists()
+
+
+def test_a_full_disk_of_the_reference_is_named(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("pisces.state.save_file", full)
+    with pytest.raises(OSError, match=r"No space left on device.*reference-parts") as caught:
+        build_training(settings(world, tmp_path))
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_parts_of_the_reference_do_not_depend_on_who_makes_them(world: Path, tmp_path: Path) -> None:
