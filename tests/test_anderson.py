@@ -8,8 +8,6 @@ from problems import KINDS, random_costs, random_mask, random_weights
 
 from pisces_kernels import sinkhorn
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 BACKENDS = ["reference", "cpu"]
 
 

@@ -19,8 +19,6 @@ from pisces_kernels import sinkhorn_divergence
 from pisces_kernels.compat import _geomloss_solver as solver
 from pisces_kernels.compat.geomloss import SamplesLoss, solve_sample
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 TIGHT = {"tol": 1e-11, "max_iters": 100_000}
 KINDS = [
     pytest.param({"p": p, "reach": reach, "debias": debias}, id=f"p{p}-reach{reach}-debias{debias}")

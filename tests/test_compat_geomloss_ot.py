@@ -19,8 +19,6 @@ from torch import Tensor
 from pisces_kernels.compat import _geomloss_solver as solver
 from pisces_kernels.compat.geomloss import LinearOperator, OTResult, ot
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 TIGHT = {"tol": 1e-11}
 RHOS = [None, 0.4]
 

@@ -11,8 +11,6 @@ from problems import random_mask, token_grid, token_problem
 from pisces_kernels import sinkhorn, transport_attention
 from pisces_kernels.compat import pisces
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 BACKENDS = ["reference", "cpu"]
 FRAMES, PATCHES, HEADS, QUERIES = 3, 16, 3, 8
 TOKENS = 1 + FRAMES * PATCHES

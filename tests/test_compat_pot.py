@@ -16,8 +16,6 @@ from pot_peer import PEERS, REG, TIGHT, close, problem, quietly
 
 from pisces_kernels.compat import _pot, pot
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 
 @pytest.mark.parametrize("name", PEERS)
 def test_signatures_are_those_of_pot(name):

@@ -13,8 +13,6 @@ from pot_peer import PEERS, REG, TIGHT, close, problem, quietly
 
 from pisces_kernels.compat import _pot, pot
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 PENALTIES = [0.6, [0.6], (0.5, 0.5), (0.4, math.inf), (math.inf, 0.4), np.array([0.5, 0.5])]
 
 

@@ -49,7 +49,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(kind: str, whole: Path, tmp_path: Path, seed: int) -> Path:
     """A copy to damage, which loads while it is not."""
-    random.seed(seed)
     shutil.copytree(whole / kind, tmp_path / kind)
     load_encoder(tmp_path / kind)
     return tmp_path / kind
@@ -197,7 +196,6 @@ def test_settings_and_words_of_internvideo2_that_do_not_fit_are_named(kind: str,
 
 
 def test_files_of_tensors_in_both_layouts_of_torch(tmp_path: Path, seed: int) -> None:
-    random.seed(seed)
     tensors = {"a": torch.randn(30, 4), "b": torch.randn(7)}
     file = tmp_path / "some.pt"
     for archive in (True, False):
@@ -221,7 +219,6 @@ def test_files_of_tensors_in_both_layouts_of_torch(tmp_path: Path, seed: int) ->
 
 @pytest.mark.parametrize("name", ["map.pt", "map.safetensors"])
 def test_maps_are_read_as_carefully(name: str, tmp_path: Path, seed: int) -> None:
-    random.seed(seed)
     for content, what in ((POINTER, "a Git-LFS pointer"), (PAGE, "a web page"), (random.randbytes(999), "no")):
         (tmp_path / name).write_bytes(content)
         refused(lambda: Alignment.load(tmp_path / name), f"Alignment.load: {tmp_path / name}", what, "again.")

@@ -15,8 +15,6 @@ from torch import Tensor
 from pisces_kernels import sinkhorn_divergence, sinkhorn_points
 from pisces_kernels._divergence import _self_transport_op
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 TIGHT = {"max_iters": 5000, "tol": 1e-11}
 TAUS = [1.0, 0.8]
 

@@ -380,7 +380,6 @@ def test_config_is_frozen_but_replaceable() -> None:
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_a_file_is_read_as_an_encoder_would_look_at_it(mode: str, seed: int, tmp_path: Path) -> None:
     """What a reward gives in training for frames is what `pisces score` gives for their file."""
-    random.seed(seed)
     for _ in range(5):
         shape = random.randint(1, 40), 3, 2 * random.randint(8, 40), 2 * random.randint(8, 40)
         sharp = torch.rand(shape).round()  # black and white: bicubic interpolation overshoots

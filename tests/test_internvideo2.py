@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import warnings
 from dataclasses import replace
@@ -24,10 +23,7 @@ from pisces_kernels.compat import pisces as released
 DOUBLE = {"rtol": 1e-10, "atol": 1e-10}
 
 
-@pytest.fixture(autouse=True)
-def python_seed(seed: int, one_thread: None) -> None:
-    """Prompts are drawn by Python's generator."""
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_forward_equals_the_formulas() -> None:

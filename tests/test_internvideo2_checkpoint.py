@@ -22,10 +22,7 @@ OFFICIAL_VISION = json.loads((Path(__file__).parent / "data" / "internvideo2_vis
 DOUBLE = {"rtol": 1e-10, "atol": 1e-10}
 
 
-@pytest.fixture(autouse=True)
-def python_seed(seed: int, one_thread: None) -> None:
-    """Prompts are drawn by Python's generator."""
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def official_text() -> dict[str, tuple[int, ...]]:

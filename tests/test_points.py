@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pisces_kernels import _points_result, _streaming, sinkhorn, sinkhorn_points
 
-pytestmark = [pytest.mark.usefixtures("seed"), pytest.mark.filterwarnings("error::RuntimeWarning")]
+pytestmark = [pytest.mark.filterwarnings("error::RuntimeWarning")]
 
 TIGHT = {"max_iters": 5000, "tol": 1e-11}
 WEIGHT_PROBLEMS = ["none", "masks", "zeros"]

@@ -15,7 +15,7 @@ from pisces_kernels import _dispatch, sinkhorn, sinkhorn_divergence, sinkhorn_po
 from pisces_kernels._compiled import points as compiled
 from pisces_kernels._streaming import Points, prepare, products, soft_minimum
 
-pytestmark = [pytest.mark.usefixtures("seed"), pytest.mark.filterwarnings("error::RuntimeWarning")]
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 SHAPES = [(1, 1, 1), (1, 37, 3), (41, 1, 2), (7, 33, 1), (66, 65, 64), (31, 129, 257), (250, 193, 5)]
 

@@ -18,7 +18,7 @@ from pisces_kernels._points_result import (
     _plan_product_op,
 )
 
-pytestmark = [pytest.mark.usefixtures("seed"), pytest.mark.filterwarnings("error::RuntimeWarning")]
+pytestmark = [pytest.mark.filterwarnings("error::RuntimeWarning")]
 
 TIGHT = {"max_iters": 5000, "tol": 1e-11}
 

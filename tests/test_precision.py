@@ -12,8 +12,6 @@ from problems import random_costs, random_mask, random_weights, token_grid, toke
 
 from pisces_kernels import _dispatch, sinkhorn, token_cost
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 POTENTIALS = 2e-6
 EPSILONS = [1.0, 0.1, 0.05, 0.01, 0.005, 0.002, 0.001]
 KINDS = {

@@ -25,10 +25,7 @@ DOUBLE = {"rtol": 1e-9, "atol": 1e-9}
 DUAL = [name for name in NAMES if name != "blip"]
 
 
-@pytest.fixture(autouse=True)
-def python_seed(seed: int, one_thread: None) -> None:
-    """Prompts are drawn by Python's generator, weights by torch's."""
-    random.seed(seed)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def encoder_of(name: str, path: Path) -> Any:

@@ -13,7 +13,6 @@ from pisces_kernels import sinkhorn
 
 BACKENDS = ["reference", "cpu"]
 TIGHT = {"max_iters": 3000, "tol": 1e-11}
-pytestmark = pytest.mark.usefixtures("seed")
 
 
 def fixed_point_error(result, cost, a, b, epsilon, tau_a, tau_b) -> float:

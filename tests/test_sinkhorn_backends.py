@@ -11,7 +11,6 @@ from pisces_kernels import _dispatch, sinkhorn
 
 BACKENDS = ["reference", "cpu"]
 TIGHT = {"max_iters": 3000, "tol": 1e-11}
-pytestmark = pytest.mark.usefixtures("seed")
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.05, 0.01, 0.005, 0.001])

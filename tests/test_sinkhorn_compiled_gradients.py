@@ -13,7 +13,6 @@ from pisces_kernels._unrolled import _unrolled_backward_op
 
 SHAPES = [(1, 1), (1, 37), (29, 1), (7, 33), (33, 7), (40, 257), (65, 31), (13, 2049)]
 GRADIENTS = ["implicit", "unrolled"]
-pytestmark = pytest.mark.usefixtures("seed")
 
 
 def random_problem(shape, kind, special, dtype=torch.float64):

@@ -12,7 +12,6 @@ from pisces_kernels._sinkhorn import _sinkhorn_op
 
 BACKENDS = ["reference", "cpu"]
 TIGHT = {"max_iters": 3000, "tol": 1e-11}
-pytestmark = pytest.mark.usefixtures("seed")
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4)])

@@ -12,7 +12,6 @@ from pisces_kernels import sinkhorn
 
 BACKENDS = ["reference", "cpu"]
 TIGHT = {"max_iters": 3000, "tol": 1e-11}
-pytestmark = pytest.mark.usefixtures("seed")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

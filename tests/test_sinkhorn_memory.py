@@ -10,8 +10,6 @@ from problems import random_costs
 
 from pisces_kernels import reference, sinkhorn
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 N_PROBLEMS, N_ROWS, N_COLS = 2, 150, 700
 MATRIX = N_PROBLEMS * N_ROWS * N_COLS * 4  # bytes of the cost
 

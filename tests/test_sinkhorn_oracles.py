@@ -12,7 +12,6 @@ from pisces_kernels import sinkhorn
 
 BACKENDS = ["reference", "cpu"]
 TIGHT = {"max_iters": 3000, "tol": 1e-11}
-pytestmark = pytest.mark.usefixtures("seed")
 
 
 def test_exact_mass_and_balanced_meet_pot():

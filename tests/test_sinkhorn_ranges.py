@@ -12,8 +12,6 @@ from problems import DOUBLE_TOLERANCE, random_costs, random_weights
 
 from pisces_kernels import sinkhorn
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 KINDS = {
     "balanced": {},
     "tau": {"tau": 0.9},

@@ -8,8 +8,6 @@ from problems import random_costs, random_mask, random_weights
 
 from pisces_kernels import _dispatch, sinkhorn
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 KINDS = {
     "balanced": {"epsilon": 0.05},
     "tau": {"epsilon": 0.05, "tau": 0.9},

@@ -19,7 +19,6 @@ from pisces_kernels._autograd import _only_computes
 from pisces_kernels._sinkhorn import _sinkhorn_op
 
 OPERATOR = torch.ops.pisces_kernels.sinkhorn.default
-pytestmark = pytest.mark.usefixtures("seed")
 
 
 def solve(cost, **options):

@@ -11,8 +11,6 @@ from problems import random_mask, token_grid, token_problem
 
 from pisces_kernels import token_cost
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 BACKENDS = ["reference", "cpu"]
 # CLS or none, square or not, one frame, one token.
 GRIDS = [(3, 4, 4, True), (2, 3, 5, False), (1, 4, 4, True), (4, 1, 1, False), (1, 1, 1, False)]

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from pisces_kernels import _dispatch, reference, token_cost, transport_attention
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 
 def geometries() -> dict[str, tuple[Tensor, Tensor]]:
     """Frame index [M] and positions [M, 2] in float64: tokens of a frame in runs or not, places repeated or not."""

@@ -10,8 +10,6 @@ from problems import random_mask, token_grid, token_problem
 from pisces_kernels import reference, token_cost
 from pisces_kernels._token_cost import _token_cost_op
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 BACKENDS = ["reference", "cpu"]
 
 

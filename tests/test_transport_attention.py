@@ -11,8 +11,6 @@ from problems import random_mask, token_grid, token_problem
 
 from pisces_kernels import reference, sinkhorn, token_cost, transport_attention
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 BACKENDS = ["reference", "cpu"]
 
 

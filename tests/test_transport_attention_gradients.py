@@ -13,8 +13,6 @@ from problems import random_mask, token_grid, token_problem
 from pisces_kernels import reference, sinkhorn, token_cost, transport_attention
 from pisces_kernels._transport_attention import _transport_attention_op
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 BACKENDS = ["reference", "cpu"]
 
 
